@@ -1,0 +1,35 @@
+# make demo    train the embedded demo, from nothing to the table of results
+# make test    run all tests          make check   formatting, lint, types
+PYTHON ?= python3
+# constraints.txt names the torch release that also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
+INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check docs bench clean
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) -e '.[dev]'
+	touch $@ .venv/installed
+
+demo: .venv/installed
+	.venv/bin/python scripts/dpo.py --output_dir out/demo
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest
+
+check: .venv/installed-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/python docs/generate.py --check
+
+docs: .venv/installed-dev
+	.venv/bin/python docs/generate.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

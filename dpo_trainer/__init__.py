@@ -1,0 +1,37 @@
+"""Direct Preference Optimization that computes each token once.
+
+    from dpo_trainer import DPOConfig, DPOTrainer, DataCollatorForPreference, register_loss
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Loaded when first used: importing the package loads neither torch nor transformers.
+_HOMES = {
+    "DPOConfig": "config",
+    "DPOTrainer": "trainer",
+    "DataCollatorForPreference": "data.collate",
+    "Objective": "losses",
+    "register_loss": "losses",
+}
+__all__ = ["DPOConfig", "DPOTrainer", "DataCollatorForPreference", "Objective", "__version__", "register_loss"]
+
+if TYPE_CHECKING:
+    from .config import DPOConfig
+    from .data.collate import DataCollatorForPreference
+    from .losses import Objective, register_loss
+    from .trainer import DPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

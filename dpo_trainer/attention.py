@@ -1,0 +1,224 @@
+"""Attention over shared prompts: each segment of a flat row sees its prefix in full and itself causally.
+
+Registered once with transformers under `NAME`; a model uses it only inside `SharedPromptAttention.installed()`.
+
+    H query heads   K key/value heads   T tokens of the flat row   d head size   q, k: query and key tokens of one segment
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .batch import Segments
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+# transformers reads meaning into names that contain "flash", "sdpa" or "flex_attention". A name without a registered
+# mask function gets no mask: restarted positions would otherwise be taken for packed sequences, in a [T, T] mask.
+NAME = "dpo_shared_prompt"
+
+KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class SegmentsLost(RuntimeError):
+    """A model's layers drop the extra keyword arguments that carry the segments to the attention function."""
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, H, T, d]
+    key: Tensor,  # [1, K, T, d]
+    value: Tensor,  # [1, K, T, dv]
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # [H] attention sinks: one more logit per head that no value belongs to
+    segments: Segments | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; returns [1, T, H, dv]."""
+    if segments is None:
+        raise SegmentsLost(f"{type(module).__name__} does not pass extra arguments on to its attention.")
+    if position_bias is not None or kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise SegmentsLost(f"{type(module).__name__} is not a plain causal attention.")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if _varlen_runs(query, value, dropout, softcap, s_aux):
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
+
+    outputs, start = [], 0
+    for n, prefix, n_prefix in zip(segments.length, segments.prefix_start, segments.prefix_length, strict=True):
+        own = slice(start, start + n)
+        keys, values = key[:, :, own], value[:, :, own]
+        if n_prefix:
+            keys = torch.cat([key[:, :, prefix : prefix + n_prefix], keys], dim=2)
+            values = torch.cat([value[:, :, prefix : prefix + n_prefix], values], dim=2)
+        queries = query[:, :, own]
+        if softcap is None and s_aux is None:
+            outputs.append(_sdpa(queries, keys, values, segments, scaling, sliding_window, dropout))
+        else:
+            outputs.append(_written_out(queries, keys, values, scaling, sliding_window, dropout, softcap, s_aux))
+        start += n
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _visible(q: int, k: int, window: int | None, device: torch.device) -> Tensor:
+    """[q, k] True where a query sees a key: causal, aligned at the ends, within the sliding window."""
+    seen = torch.ones(q, k, dtype=torch.bool, device=device).tril(k - q)
+    return seen if window is None else seen.triu(k - q - window + 1)
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None, dropout: float
+) -> Tensor:
+    """torch's kernel: no mask where plain causality is enough, else a mask that all layers of the batch share."""
+    q, k = query.shape[2], key.shape[2]
+    window = None if window is None or window >= k else window
+    plain = q == k and window is None
+    mask = None if plain else segments.remember((q, k, window, query.device), lambda: _visible(q, k, window, query.device))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=plain,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """The formula itself, for what no fused kernel offers: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # [1, H, q, k]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_visible(query.shape[2], key.shape[2], window, query.device), float("-inf"))
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
+    return F.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def _varlen_runs(query: Tensor, value: Tensor, dropout: float, softcap: float | None, s_aux: Tensor | None) -> bool:
+    """Whether torch's variable-length kernel can serve: half precision on a GPU, nothing that it lacks."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and dropout == 0
+        and softcap is None
+        and s_aux is None
+    )
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
+) -> Tensor:
+    """One kernel call for the row: its causal mask is aligned at the ends, which is what a prefix before the keys needs."""
+    index = segments.varlen(query.device)
+    row = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, d]
+    out = varlen_attn(
+        row[0],
+        row[1][index.keys_at],
+        row[2][index.keys_at],
+        index.cu_queries,
+        index.cu_keys,
+        index.max_queries,
+        index.max_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None]
+
+
+AttentionInterface.register(NAME, shared_prompt_attention)
+
+
+def why_not_flat(model: PreTrainedModel) -> str | None:
+    """What in an architecture rules the flat layout out, as far as its config tells; None where nothing does.
+
+    Differences that only show beyond some length (chunked or sparse attention) must be found here: the check on the
+    first batch looks at short pairs.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYER_TYPES
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if layers:
+        return f"its layers of type {', '.join(sorted(layers))} run along the row"
+    if getattr(model, "_is_stateful", False):
+        return "its layers carry a state along the row"
+    if getattr(config, "alibi", False):
+        return "its ALiBi positions count columns of the row"
+    for name in ("attention_chunk_size", "index_topk"):
+        if getattr(config, name, None):
+            return f"its attention is limited by column ({name})"
+    if not model._can_set_attn_implementation():
+        return "its attention cannot be exchanged"
+    return None
+
+
+class SharedPromptAttention:
+    """Installs the attention on one model for the time of a forward and its backward.
+
+    Checkpointed layers look their attention up again *during backward*: losses would be right and gradients wrong if
+    the switch ended with the forward. `guard` makes that an error.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.config = model.config.get_text_config(decoder=True)
+
+    @property
+    def is_installed(self) -> bool:
+        return self.config._attn_implementation == NAME
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        # The setter of `_attn_implementation` would write through to sub-configs, and a vision tower must keep its own.
+        before = self.config._attn_implementation_internal
+        self.config._attn_implementation_internal = NAME
+        try:
+            yield
+        finally:
+            self.config._attn_implementation_internal = before
+
+    def guard(self, logps: Tensor) -> None:
+        """Raise when the backward of `logps` begins outside of `installed()`."""
+
+        def check(grad: Tensor) -> None:
+            if not self.is_installed:
+                raise RuntimeError(
+                    "The backward of a flat batch began after its attention was taken off the model: recomputed layers "
+                    "would give wrong gradients. Run forward and backward inside one `Scorer.attention()` context, as "
+                    "DPOTrainer.training_step does."
+                )
+
+        if logps.requires_grad:
+            logps.register_hook(check)

@@ -1,0 +1,239 @@
+"""Every type that flows: Pair -> TokenizedPair -> PairBatch -> PairLogps.
+
+    N pairs   C completions   R rows   L tokens in a row   M scored tokens   S segments of a flat row
+    log-probs: nats, float32, summed over a completion unless the name says mean
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+
+Message = dict[str, Any]
+"""One chat turn: {"role": ..., "content": ...} and whatever else the chat template reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One preference, before tokenization: strings, or lists of chat messages (all three of the same form)."""
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    tools: list[dict] | None = None
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedPair:
+    """One preference as token ids. `prompt_ids` stands before both completions, token for token."""
+
+    example_id: int
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """How attention runs in one flat row: S segments that follow each other and fill it.
+
+    The tokens of a segment see each other causally, after all `prefix_length[s]` tokens that start at
+    `prefix_start[s]`. `prompt | chosen | rejected` is two segments: prompt + chosen without a prefix, and rejected
+    with the prompt as its prefix. Lives on the host; the index tensors for variable-length kernels are made on demand.
+    """
+
+    length: tuple[int, ...]
+    prefix_start: tuple[int, ...]
+    prefix_length: tuple[int, ...]
+
+    @cached_property
+    def _memo(self) -> dict[Any, Any]:
+        return {}
+
+    def remember(self, key: Any, make: Callable[[], T]) -> T:
+        """What all layers of this batch, of policy and reference, need alike: masks, index tensors."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def varlen(self, device: torch.device) -> VarlenIndex:
+        """The same segments as index tensors on `device`."""
+        return self.remember(device, lambda: VarlenIndex.of(self, device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarlenIndex:
+    """`Segments` as variable-length attention kernels want them: queries in row order, keys gathered as prefix + segment."""
+
+    cu_queries: Tensor  # [S + 1] int32
+    cu_keys: Tensor  # [S + 1] int32
+    keys_at: Tensor  # [sum of prefix + segment lengths] position in the row of each gathered key
+    max_queries: int
+    max_keys: int
+
+    @classmethod
+    def of(cls, segments: Segments, device: torch.device) -> VarlenIndex:
+        queries, keys, at, start = [0], [0], [], 0
+        for length, prefix, n_prefix in zip(
+            segments.length, segments.prefix_start, segments.prefix_length, strict=True
+        ):
+            at += [torch.arange(prefix, prefix + n_prefix), torch.arange(start, start + length)]
+            start += length
+            queries.append(start)
+            keys.append(keys[-1] + n_prefix + length)
+
+        def to_device(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)
+
+        return cls(
+            cu_queries=to_device(torch.tensor(queries, dtype=torch.int32)),
+            cu_keys=to_device(torch.tensor(keys, dtype=torch.int32)),
+            keys_at=to_device(torch.cat(at)),
+            max_queries=max(segments.length),
+            max_keys=max(n + p for n, p in zip(segments.length, segments.prefix_length, strict=True)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """N preference pairs over C completions, laid out in R rows of L tokens (flat: one row; padded: one per completion).
+
+    Scored tokens are listed in the order of their completions. Every count that the host needs is a Python int, so that
+    nothing on an accelerator is waited for.
+    """
+
+    example_ids: Tensor  # [N] dataset row of each pair: its name in error messages, its key in the reference cache
+    weight: Tensor  # [N] float32, weight of the pair in the mean; 0 for a row that only fills an uneven batch
+    input_ids: Tensor  # [R, L]
+    score_at: Tensor  # [M] index into the R * L positions: the state that predicts the token
+    target_ids: Tensor  # [M] the completion token predicted there
+    completion: Tensor  # [M] in [0, C): the completion that the scored token belongs to
+    completion_position: Tensor  # [M] 0, 1, 2 ... within its completion
+    lengths: Tensor  # [C] scored tokens of each completion
+    chosen: Tensor  # [N] in [0, C): a pair is two completions, so that K samples of a prompt need no copies
+    rejected: Tensor  # [N] in [0, C)
+    num_tokens: int  # tokens computed, without padding
+    position_ids: Tensor | None = None  # [R, L] flat: every completion continues from the end of its prompt
+    attention_mask: Tensor | None = None  # [R, L] padded: 1 for a token, 0 for padding
+    segments: Segments | None = None  # flat: who sees whom
+
+    @property
+    def is_flat(self) -> bool:
+        return self.segments is not None
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, Any]) -> PairBatch:
+        """What a collator returned, possibly one written for another library (see `from_completion_mask`)."""
+        if "score_at" not in inputs:
+            return cls.from_completion_mask(inputs)
+        return cls(**{f.name: inputs[f.name] for f in dataclasses.fields(cls) if f.name in inputs})
+
+    @classmethod
+    def from_completion_mask(cls, inputs: Mapping[str, Any]) -> PairBatch:
+        """Rows as other DPO trainers collate them: [2N, L], chosen rows first, `completion_mask` 1 on completion tokens."""
+        missing = {"input_ids", "attention_mask", "completion_mask"} - set(inputs)
+        if missing:
+            raise ValueError(
+                f"The data collator's batch lacks {sorted(missing)}. Use DataCollatorForPreference, or return "
+                "input_ids, attention_mask and completion_mask of shape [2N, L], chosen rows first."
+            )
+        input_ids, mask = inputs["input_ids"], inputs["completion_mask"].bool()
+        rows, length = input_ids.shape
+        if rows % 2:
+            raise ValueError(f"A padded batch has chosen rows, then rejected rows: {rows} rows cannot be halved.")
+        if mask[:, 0].any():
+            raise ValueError("completion_mask marks the first token of a row: nothing predicts it. Prompts need a token.")
+        completion, column = mask.nonzero(as_tuple=True)
+        lengths = mask.sum(1)
+        first = lengths.cumsum(0) - lengths
+        pairs = torch.arange(rows // 2, device=input_ids.device)
+        return cls(
+            example_ids=inputs.get("example_ids", pairs),
+            weight=pair_weight(inputs),
+            input_ids=input_ids,
+            attention_mask=inputs["attention_mask"],
+            score_at=completion * length + column - 1,
+            target_ids=input_ids[completion, column],
+            completion=completion,
+            completion_position=torch.arange(len(completion), device=input_ids.device) - first[completion],
+            lengths=lengths,
+            chosen=pairs,
+            rejected=pairs + rows // 2,
+            num_tokens=int(inputs["attention_mask"].sum()),
+        )
+
+
+def pair_weight(inputs: Mapping[str, Any]) -> Tensor:
+    """[N] weight of each pair of a collated batch, ours or one of another library: chosen rows, then rejected rows."""
+    if "weight" in inputs:
+        return inputs["weight"]
+    rows = inputs["input_ids"]
+    return torch.ones(len(rows) // 2, device=rows.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogps:
+    """Per scored token; what only some losses and metrics need is None unless it was asked for."""
+
+    logps: Tensor  # [M] log-prob of the token
+    completion: Tensor  # [M] in [0, C)
+    position: Tensor  # [M] 0, 1, 2 ... within the completion
+    chosen: Tensor  # [N] in [0, C)
+    rejected: Tensor  # [N] in [0, C)
+    lengths: Tensor  # [C]
+    entropy: Tensor | None = None  # [M] of the predicted distribution, nats
+    is_top1: Tensor | None = None  # [M] 1 where the token is the most likely one
+    mean_logit: Tensor | None = None  # [M] mean over the vocabulary
+    log_sum_sq: Tensor | None = None  # [M] log of the summed squared probabilities
+
+    def sum_by_completion(self, values: Tensor) -> Tensor:
+        """[M] -> [C], float32."""
+        return values.new_zeros(len(self.lengths), dtype=torch.float32).index_add(0, self.completion, values.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLogps:
+    """Log-probs of N pairs under one model, in batch order."""
+
+    chosen: Tensor  # [N] nats, summed over the completion
+    rejected: Tensor  # [N]
+    chosen_lengths: Tensor  # [N] scored tokens
+    rejected_lengths: Tensor  # [N]
+    tokens: TokenLogps | None = None
+    aux_loss: Tensor | None = None  # [] load-balancing loss of a mixture-of-experts model
+
+    @classmethod
+    def from_tokens(cls, tokens: TokenLogps, aux_loss: Tensor | None = None) -> PairLogps:
+        sums = tokens.sum_by_completion(tokens.logps)
+        return cls(
+            chosen=sums[tokens.chosen],
+            rejected=sums[tokens.rejected],
+            chosen_lengths=tokens.lengths[tokens.chosen],
+            rejected_lengths=tokens.lengths[tokens.rejected],
+            tokens=tokens,
+            aux_loss=aux_loss,
+        )
+
+    def margin(self) -> Tensor:
+        """Chosen minus rejected, [N] nats."""
+        return self.chosen - self.rejected
+
+    def mean_chosen(self) -> Tensor:
+        """[N] nats per token."""
+        return self.chosen / self.chosen_lengths
+
+    def mean_rejected(self) -> Tensor:
+        """[N] nats per token."""
+        return self.rejected / self.rejected_lengths

@@ -1,0 +1,131 @@
+"""A YAML file, then flags that override it, into dataclasses; and which options the user set."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from ..config import DPOConfig
+from ..registry import did_you_mean
+from .arguments import ModelArguments, ScriptArguments, check_together
+from .values import fit
+
+KINDS = (ScriptArguments, ModelArguments, DPOConfig)
+NOT_GIVEN = object()
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, ModelArguments, DPOConfig, set[str]]:
+    """The arguments of a script, and the names of those that the user set in the file or by a flag.
+
+    `argv` is `[config.yaml] [--config config.yaml] [--flag value ...]`, that of the process when None. Flags override the
+    file. An unknown name, in either, is an error.
+    """
+    flags, file = _parse_flags(sys.argv[1:] if argv is None else list(argv))
+    values = (_read_file(file) if file else {}) | flags
+    _check_json(values)
+    script, model, config = (
+        kind(**{option.name: values[option.name] for option in fields(kind) if option.name in values})
+        for kind in KINDS
+    )
+    given = set(values)
+    check_together(script, model, config, given)
+    return script, model, config, given
+
+
+class OptionParser(HfArgumentParser):
+    """`HfArgumentParser` that shows DPO's own options apart from the Trainer's in --help."""
+
+    def __init__(self, **kwargs):
+        self.sections: dict[str, Any] = {}
+        super().__init__(KINDS, allow_abbrev=False, **kwargs)
+        self.add_argument("file", nargs="?", metavar="config.yaml", help="A YAML file of options, by name.")
+        self.add_argument("--config", metavar="config.yaml", help="The same as a flag.")
+
+    def add_argument(self, *names, **kwargs):
+        """Called for the options of `DPOConfig`, which names no section of its own, unlike the other two."""
+        option = names[0].lstrip("-").removeprefix("no_")
+        if option not in DPOConfig.__dataclass_fields__:
+            return super().add_argument(*names, **kwargs)
+        kwargs.pop("allowed", None)  # `config.choices`: checked by the config itself
+        if kwargs.get("type") is string_to_bool:  # so that `--flag` means `--flag true` for `bool | None` too
+            kwargs |= {"nargs": "?", "const": True}
+        if get_origin(kwargs.get("type")) is dict:
+            kwargs["type"] = json.loads
+        title = "DPO" if option in DPOConfig.__annotations__ else "training (transformers.TrainingArguments)"
+        if title not in self.sections:
+            self.sections[title] = self.add_argument_group(title)
+        return self.sections[title].add_argument(*names, **kwargs)
+
+
+def _parse_flags(argv: list[str]) -> tuple[dict[str, Any], str | None]:
+    """{option: value} of the flags alone, and the file that is named among them."""
+    parser = OptionParser(description="Train on preference pairs with DPO. Flags override the file.")
+    names = _known_options()
+    # argparse leaves an attribute that is there already alone, unless its flag is on the command line.
+    parsed, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(names, NOT_GIVEN)))
+    for word in unknown:
+        name = word.split("=")[0]
+        known = [f"--{option}" for option in names]
+        raise ValueError(
+            f"Unknown argument {name!r}.{did_you_mean(name.replace('-', '_').replace('__', '--', 1), known)}"
+        )
+    if parsed.file and parsed.config:
+        raise ValueError(f"Two files of options, {parsed.file!r} and --config {parsed.config!r}: give one.")
+    return {
+        name: value for name in names if (value := getattr(parsed, name)) is not NOT_GIVEN
+    }, parsed.file or parsed.config
+
+
+def _known_options() -> dict[str, Any]:
+    """{option: type hint} over all kinds of arguments."""
+    return {
+        option.name: hints[option.name]
+        for kind in KINDS
+        if (hints := get_type_hints(kind))
+        for option in fields(kind)
+        if option.init
+    }
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    """{option: value} of a YAML file, every value fitted to the type of its option."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"There is no file of options {file!r}. Options start with --, a file is YAML.")
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(read or {}, dict):
+        raise ValueError(f"{file} must hold `option: value` lines, got a {type(read).__name__}.")
+    known = _known_options()
+    values = {}
+    for name, value in (read or {}).items():
+        if name not in known:
+            raise ValueError(f"{file}: unknown option {name!r}.{did_you_mean(str(name), known)}")
+        try:
+            values[name] = fit(value, known[name])
+        except ValueError as error:
+            raise ValueError(f"{file}: {name}: {error}.") from error
+    return values
+
+
+def _check_json(values: dict[str, Any]) -> None:
+    """Options that are mappings come as JSON from the command line."""
+    for name, hint in _known_options().items():
+        takes_mapping = any((get_origin(kind) or kind) is dict for kind in get_args(hint))
+        value = values.get(name)
+        if takes_mapping and isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--{name} {value!r} is not valid JSON: {error}.") from error

@@ -1,0 +1,312 @@
+"""DPOConfig: every option of a run, with its help, its bounds and its refusals.
+
+An option works or is refused here, at construction, by an error that names the flag, the value and the way out.
+Refusals that depend on the model or the data stand in the module that sees them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .losses import check_loss_arguments, load_loss_module
+from .registry import did_you_mean
+
+
+def choices(*allowed: str, help: str) -> dict[str, Any]:
+    """Field metadata for an option with a fixed set of values."""
+    return {"help": f"{help} One of: {', '.join(allowed)}.", "allowed": allowed}
+
+
+@dataclass
+class DPOConfig(TrainingArguments):
+    """Options of `DPOTrainer`, on top of `transformers.TrainingArguments`.
+
+    Lengths count tokens; log-probs and rewards are in nats. `docs/config.md` lists every field below.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # --- the objective ---
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Strength of the pull towards the reference, > 0. Usual range 0.01 to 0.5; higher stays closer. "
+            "The tau of `ipo`, the lambda of `orpo`."
+        },
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "One loss, or several that are summed with --loss_weights. docs/losses.md lists them."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per --loss_type; 1.0 each when not given."}
+    )
+    loss_module: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Python file (or importable module) that registers losses of your own with @register_loss. "
+            "It is executed: name only files that you trust."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a preference label is flipped, in [0, 0.5). `sigmoid` becomes cDPO; "
+            "`exo_pair` needs it above 0 (1e-3 is its paper's choice)."
+        },
+    )
+    rpo_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the negative log-likelihood of the chosen completion, added to any loss (RPO)."},
+    )
+    rpo_normalization: str = field(
+        default="sequence",
+        metadata=choices(
+            "sequence",
+            "token",
+            help="How the NLL of --rpo_alpha and `sft` is averaged: per completion, then over pairs (the papers), "
+            "or over all tokens of the micro-batch (TRL's `sft`).",
+        ),
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weight each pair by how likely the policy is to write it (WPO)."}
+    )
+    wpo_clamp: bool = field(default=False, metadata={"help": "Clamp the WPO weights of --use_weighting at 1."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "LD-DPO: weight in [0, 1] of the log-probs beyond the length that both completions of a pair share."
+        },
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata=choices(
+            "reverse_kl",
+            "forward_kl",
+            "js_divergence",
+            "alpha_divergence",
+            help="Divergence from the reference, for the losses of the margin.",
+        ),
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "The alpha of --f_divergence_type alpha_divergence, in (0, 1)."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of `discopop`, > 0."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target reward margin of `simpo`, nats."})
+    ipo_normalization: str = field(
+        default="token",
+        metadata=choices(
+            "token",
+            "sequence",
+            help="`ipo` with log-probs per token (its authors' choice) or summed over the completion (its Eq. 17).",
+        ),
+    )
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the NLL term of `cpo`, >= 0."})
+    dpop_lambda: float = field(
+        default=50.0, metadata={"help": "Weight of `dpop`'s penalty on a falling chosen log-prob, >= 0."}
+    )
+
+    # --- the reference ---
+    reference_free: bool = field(
+        default=False, metadata={"help": "Use no reference: its log-probs count as 0 (a uniform reference)."}
+    )
+    model_adapter_name: str | None = field(
+        default=None, metadata={"help": "The adapter to train, when the model has several. Default: its active one."}
+    )
+    ref_adapter_name: str | None = field(
+        default=None, metadata={"help": "The adapter that is the reference, when the model carries it."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Not available in this version: refused when set."}
+    )
+    sync_ref_model: bool = field(default=False, metadata={"help": "Not available in this version: refused when set."})
+
+    # --- the data ---
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Most tokens of prompt + completion. Truncated pairs are counted and reported. None: no limit."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a prompt; its beginning is cut (its end stays, next to the answer)."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a completion; its end is cut."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata=choices(
+            "keep_start",
+            "keep_end",
+            help="Where a pair over --max_length is cut: the end of its completions, or the beginning of its prompt "
+            "(and only then the end of its completions).",
+        ),
+    )
+    useless_pairs: str = field(
+        default="drop",
+        metadata=choices(
+            "drop",
+            "error",
+            help="What to do with pairs that cannot teach anything (chosen equals rejected, or the prompt leaves no room "
+            "for a completion): drop them with a count, or stop.",
+        ),
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes for tokenization. The fast tokenizer already uses every core in one."}
+    )
+
+    # --- the batch and the model ---
+    layout: str = field(
+        default="auto",
+        metadata=choices(
+            "auto",
+            "flat",
+            "padded",
+            help="How a batch meets the model: all pairs in one row, each prompt once, no padding (flat); one padded row "
+            "per completion (padded); or flat where the model allows it, verified on the first batch (auto).",
+        ),
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad the rows of a batch to a multiple of this many tokens."}
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Switch off all dropout of policy and reference, attention dropout too; LoRA's stays."},
+    )
+    disable_lora_dropout: bool = field(default=False, metadata={"help": "Switch off the dropout of LoRA layers as well."})
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture-of-experts model; 0 switches it off. Default: the "
+            "model's own, where its config has output_router_logits on."
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON passed to from_pretrained when the model is given by name."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with a model or a tokenizer. Off for a reason."}
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep the activations that backward needs in host memory (GPU only)."}
+    )
+
+    # --- defaults that differ from transformers ---
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of the optimizer."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines; below 1, a share of all."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in backward to save memory, at about 20%% of the speed. Default: on.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 mixed precision. Default: on where the device computes in bfloat16, unless --fp16."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Refused when set: a non-finite loss stops the run instead of being hidden."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if self.loss_module is not None:
+            load_loss_module(self.loss_module)
+        self._check_choices()
+        check_loss_arguments(self)
+        self._check_bounds()
+        self._resolve_checkpointing()
+        self._resolve_precision()
+        super().__post_init__()
+        self._check_against_trainer()
+
+    def _check_choices(self) -> None:
+        for option in fields(self):
+            allowed, value = option.metadata.get("allowed"), getattr(self, option.name)
+            if allowed and value not in allowed:
+                raise ValueError(
+                    f"--{option.name} {value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
+                )
+
+    def _check_bounds(self) -> None:
+        for name, least in {
+            "max_length": 2,
+            "max_prompt_length": 1,
+            "max_completion_length": 1,
+            "dataset_num_proc": 1,
+            "pad_to_multiple_of": 1,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"--{name} must be an integer of at least {least}, or None, got {value!r}.")
+        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
+            raise ValueError(f"--router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}.")
+        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
+            raise ValueError(
+                f"--max_prompt_length {self.max_prompt_length} leaves no room for a completion in --max_length "
+                f"{self.max_length}: raise --max_length or lower --max_prompt_length."
+            )
+        for name, instead in {
+            "precompute_ref_log_probs": "leave it off; the reference is then computed along the way",
+            "sync_ref_model": "leave it off; the reference then stays the model that training started from",
+        }.items():
+            if getattr(self, name):
+                raise ValueError(f"--{name} is not available in this version: {instead}.")
+
+    def _resolve_checkpointing(self) -> None:
+        """`gradient_checkpointing`, the name that users know, steers whatever name this transformers has for it."""
+        renamed = hasattr(self, "activation_checkpointing")
+        if renamed and self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing is not False
+        if renamed and self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        if not renamed and self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True
+
+    def _resolve_precision(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _computes_in_bfloat16(self.use_cpu)
+
+    def _check_against_trainer(self) -> None:
+        """Options of `TrainingArguments` that would be ignored, or would falsify what is logged."""
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "--logging_nan_inf_filter hides non-finite losses behind an average: leave it off. "
+                "A non-finite loss stops the run and names its pairs."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"--label_smoothing_factor {self.label_smoothing_factor} smooths a cross-entropy that DPO does not have: "
+                "use --label_smoothing."
+            )
+        on_gpu = self.device.type != "cpu"
+        for name in ("activation_offloading", "use_liger_kernel"):
+            if getattr(self, name) and not on_gpu:
+                raise ValueError(f"--{name} needs a GPU, and this run is on {self.device.type}: leave it off.")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process, which would split the flat row between them: start with "
+                "`accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
+            )
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"--accelerator_config {name}=True cuts every tensor of a batch to one length, and scored tokens "
+                    "with it: leave it off, so that every process reads its own batches."
+                )
+        self.accelerator_config.dispatch_batches = False
+
+
+def _computes_in_bfloat16(use_cpu: bool) -> bool:
+    """Whether the device of this run has bfloat16 instructions (elsewhere bfloat16 is emulated, and slow)."""
+    if not use_cpu and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not use_cpu and torch.backends.mps.is_available():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,201 @@
+"""Which layout a model allows: asked of its configuration first, then verified on the first batch of a run.
+
+Trust but verify: two short pairs are scored in the layout at hand and in the plainest way there is (padded rows, the
+model's own attention, all logits), log-probs and gradients. A difference moves the run to the next safer way, loudly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .attention import why_not_flat
+from .batch import PairBatch, TokenizedPair
+from .data.collate import as_padded, flat_inputs, padded_inputs, pairs_of
+from .logprobs import Scorer, base_model, evaluation_mode
+
+logger = logging.get_logger(__name__)
+
+# Of each log-prob sum and of the gradient that reaches the embeddings, relative. float32: the same products in another
+# order, worst seen 3e-6. Half precision: about sqrt(layers) roundings of 2^-8; a wrong mask changes gradients by 0.3 and more.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+CHECK_TOKENS = 48
+
+
+def reason_for_padding(model: nn.Module) -> str | None:
+    """Why this model cannot take flat rows, as far as can be known before the first batch."""
+    if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
+        return "prompt-learning adapters put virtual tokens in front of a row"
+    return why_not_flat(base_model(model))
+
+
+class Layout:
+    """The layout of a run: chosen at construction, verified with the first batch, the same on all ranks.
+
+    Args:
+        requested: "auto", "flat" or "padded".
+        scored: (scorer, model) of the policy, and of a reference that is a model of its own.
+        autocast: the dtype of mixed precision, None without it.
+        reason: a reason against flat that lies in the run's options rather than in a model.
+    """
+
+    def __init__(
+        self,
+        requested: str,
+        scored: Sequence[tuple[Scorer, nn.Module]],
+        pad_token_id: int,
+        *,
+        autocast: torch.dtype | None = None,
+        reason: str | None = None,
+    ):
+        self.requested = requested
+        self.pad_token_id = pad_token_id
+        self.autocast = autocast
+        self.scored = scored
+        self.settled = False
+        reasons = [reason, *(reason_for_padding(model) for _, model in scored)]
+        reason = next((r for r in reasons if r), None)
+        name = type(base_model(scored[0][1])).__name__
+        if requested == "flat" and reason:
+            raise ValueError(f"--layout flat does not work with {name}: {reason}. Use --layout auto or padded.")
+        self.name = "padded" if requested == "padded" or reason else "flat"
+        why = "as asked" if requested != "auto" else reason or "each prompt once, no padding; verified on the first batch"
+        logger.warning(f"Layout for {name}: {self.name} ({why}).")
+
+    def settle(self, policy: nn.Module, batch: PairBatch) -> PairBatch:
+        """`batch` in the layout of the run, which the first batch settles. `policy` is the model as it is wrapped now.
+
+        Loader workers go on collating as they began: what comes flat after a fall back to padded is taken apart here.
+        """
+        if not self.settled:
+            (scorer, _), *references = self.scored
+            for scorer, model in [(scorer, policy), *references]:
+                self.verify(scorer, model, batch)
+            self.settled = True
+        return as_padded(batch, self.pad_token_id) if self.name == "padded" else batch
+
+    def verify(self, scorer: Scorer, model: nn.Module, batch: PairBatch) -> None:
+        """Settle the layout, and how `scorer` reads log-probs, by comparing on two short pairs of `batch`."""
+        model = extract_model_from_parallel(model)
+        pairs = _short(pairs_of(batch))
+        with evaluation_mode(model), _plain(scorer):
+            want = _measure(scorer, model, pairs, "padded", self.pad_token_id)
+        ways = ["flat", "padded"] if self.name == "flat" else ["padded"]
+        problems = []
+        for layout in ways if scorer.through_head else []:
+            problem = self._compare(scorer, model, pairs, layout, want)
+            if not _any_rank(problem is not None, batch.input_ids.device):
+                break
+            problems.append(problem or "another rank found a difference")
+        else:
+            layout, scorer.through_head = "padded", False
+        if problems:
+            self._fall_back(type(base_model(model)).__name__, layout, scorer.through_head, problems)
+        self.name = layout
+
+    def _compare(
+        self, scorer: Scorer, model: nn.Module, pairs: list[TokenizedPair], layout: str, want: tuple[Tensor, Tensor]
+    ) -> str | None:
+        """What differs from the plain way, or None."""
+        try:
+            with evaluation_mode(model):
+                got = _measure(scorer, model, pairs, layout, self.pad_token_id)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does with rows or heads that it was not written for
+            return f"{layout}: {type(error).__name__}: {error}"
+        limit = TOLERANCE[self.autocast or base_model(model).get_input_embeddings().weight.dtype]
+        for what, a, b in zip(("log-probs", "gradients"), got, want, strict=True):
+            difference = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+            if not difference <= limit:  # NaN differs as well
+                return f"{layout}: {what} differ by {difference:.1e} (relative, tolerance {limit:.0e})"
+        return None
+
+    def _fall_back(self, model_name: str, layout: str, through_head: bool, problems: list[str]) -> None:
+        if self.requested == "flat" and layout != "flat":
+            raise ValueError(
+                f"--layout flat does not work with {model_name}: {problems[0]}, against plain padded rows. "
+                "Use --layout auto or padded."
+            )
+        memory = "" if through_head else ", with all logits of a batch in memory"
+        logger.warning(f"{model_name} is trained with padded rows{memory}. Checked on two short pairs: {'; '.join(problems)}.")
+
+
+def _short(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """The two shortest pairs, cut to a few tokens: enough to see who sees whom."""
+    shortest = sorted(pairs, key=lambda p: len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids))[:2]
+    return [
+        dataclasses.replace(
+            pair,
+            prompt_ids=pair.prompt_ids[-CHECK_TOKENS:],
+            chosen_ids=pair.chosen_ids[:CHECK_TOKENS],
+            rejected_ids=pair.rejected_ids[:CHECK_TOKENS],
+        )
+        for pair in shortest
+    ]
+
+
+def _measure(
+    scorer: Scorer, model: nn.Module, pairs: list[TokenizedPair], layout: str, pad_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Log-prob sums [2N], and the gradient of a mix of them with respect to the embedded tokens, per pair in the order
+    prompt, chosen, rejected whatever the layout."""
+    device = model.get_input_embeddings().weight.device
+    inputs = (flat_inputs if layout == "flat" else padded_inputs)(pairs, pad_token_id)
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    batch = PairBatch.from_inputs(moved)
+    embedded: list[Tensor] = []
+
+    def as_leaf(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = base_model(model).get_input_embeddings().register_forward_hook(as_leaf)
+    try:
+        with torch.enable_grad(), scorer.attention.installed() if batch.is_flat else contextlib.nullcontext():
+            logps = scorer(model, batch)
+            # Unequal weights: an error that is the same for all completions must not cancel.
+            mix = torch.linspace(1.0, 2.0, 2 * len(pairs), device=device)
+            sums = torch.cat([logps.chosen, logps.rejected])
+            (grad,) = torch.autograd.grad((mix * sums).sum(), embedded[0])
+    finally:
+        hook.remove()
+    return sums.detach().float(), _by_pair(grad.float(), pairs, layout)
+
+
+def _by_pair(grad: Tensor, pairs: list[TokenizedPair], layout: str) -> Tensor:
+    """[R, L, D] gradient of a layout -> [tokens, D], one row per token of prompt, chosen, rejected of each pair."""
+    parts, start = [], 0
+    for i, pair in enumerate(pairs):
+        p, c, r = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
+        if layout == "flat":
+            parts.append(grad[0, start : start + p + c + r])
+            start += p + c + r
+        else:
+            chosen, rejected = grad[i], grad[i + len(pairs)]
+            parts += [chosen[:p] + rejected[:p], chosen[p : p + c], rejected[p : p + r]]
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def _plain(scorer: Scorer) -> Iterator[None]:
+    before, scorer.through_head = scorer.through_head, False
+    try:
+        yield
+    finally:
+        scorer.through_head = before
+
+
+def _any_rank(flag: bool, device: torch.device) -> bool:
+    """One verdict for all ranks."""
+    if not torch.distributed.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags)

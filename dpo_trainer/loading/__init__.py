@@ -1,0 +1,15 @@
+"""What exists before the trainer does: model, tokenizer, adapters, quantisation, datasets; and dropout switched off."""
+
+from .adapters import apply_peft, make_quantization_config
+from .datasets import load_dataset_splits
+from .dropout import disable_dropout
+from .models import load_model, load_tokenizer
+
+__all__ = [
+    "apply_peft",
+    "disable_dropout",
+    "load_dataset_splits",
+    "load_model",
+    "load_tokenizer",
+    "make_quantization_config",
+]

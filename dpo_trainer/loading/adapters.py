@@ -1,0 +1,76 @@
+"""Adapters (PEFT), and the quantised base that they can stand on."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make_quantization_config(
+    *,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    bnb_4bit_quant_type: str = "nf4",
+    use_bnb_nested_quant: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> BitsAndBytesConfig | None:
+    """How bitsandbytes shall hold the frozen base weights: 4 or 8 bits, or None for not at all."""
+    if not load_in_4bit and not load_in_8bit:
+        return None
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
+    if bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"--bnb_4bit_quant_type {bnb_4bit_quant_type!r} is not one of nf4, fp4.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        flag = "--load_in_4bit" if load_in_4bit else "--load_in_8bit"
+        raise ValueError(f"{flag} needs bitsandbytes: `pip install dpo_trainer[quantization]`, or leave it off.")
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def apply_peft(
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    *,
+    quantized: bool,
+    gradient_checkpointing: bool = True,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """The model with a fresh adapter, alone trainable and in float32 whatever the base is held in.
+
+    A quantised base is prepared first: frozen, its other weights (norms, embeddings) raised to float32. Switching layer
+    checkpointing on is left to the trainer; with it, the embeddings' output must ask for a gradient, or a reentrant
+    checkpoint would cut the adapter off, as nothing that enters the first layer is trainable.
+    """
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The model already carries an adapter, and peft_config asks for another: leave peft_config (--use_peft) out "
+            "to train the one it has, or pass model.merge_and_unload() to start a new one on top of it."
+        )
+    if not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            f"peft_config must be a PeftConfig such as peft.LoraConfig, got {type(peft_config).__name__}."
+        )
+    if adapter_name == "train":
+        raise ValueError("An adapter cannot be named 'train': PyTorch modules have a method of that name. Rename it.")
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
+    return get_peft_model(model, peft_config, adapter_name=adapter_name)

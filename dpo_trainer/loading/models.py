@@ -1,0 +1,173 @@
+"""Models and tokenizers, by hub id or local folder.
+
+Weights come from safetensors only: pickles run code when they are read. They are held in float32 unless the user says
+otherwise, and bfloat16 is left to mixed precision: at DPO's learning rates most updates of a bfloat16 weight would be
+rounded away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..registry import did_you_mean
+from .names import fetch, listing, local_folder, where
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+TO_SAFETENSORS = (
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('{name}', use_safetensors=False).save_pretrained('{name}-safetensors')\""
+)
+NOT_IN_MODEL_INIT_KWARGS = {
+    "trust_remote_code": "use --trust_remote_code",
+    "quantization_config": "use --load_in_4bit or --load_in_8bit, or the trainer's quantization_config",
+    "use_safetensors": "only safetensors are read",
+}
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    model_init_kwargs: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    quantization_config: Any = None,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model by hub id or local folder; a PEFT adapter comes with its base and stays trainable."""
+    kwargs = _checked_init_kwargs(model_init_kwargs)
+    own = {"trust_remote_code": trust_remote_code, "quantization_config": quantization_config}
+    revision = kwargs.get("revision")
+    adapter = _find_adapter(name_or_path, revision)
+    if adapter is None:
+        return _load_full_model(name_or_path, kwargs | own)
+
+    if not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"The adapter {name_or_path!r} does not say which model it belongs to: load that model yourself and give "
+            "the trainer PeftModel.from_pretrained(model, adapter, is_trainable=True)."
+        )
+    try:
+        # The revision that the user named is the adapter's; the adapter knows the one of its base.
+        base = load_model(
+            adapter.base_model_name_or_path,
+            model_init_kwargs=kwargs | {"revision": adapter.revision or "main"},
+            **own,
+        )
+    except ValueError as error:
+        raise ValueError(f"The base model of the adapter {name_or_path!r} did not load: {error}") from error
+    return PeftModel.from_pretrained(base, where(name_or_path), is_trainable=True, revision=revision)
+
+
+def load_tokenizer(
+    name_or_path: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or local folder; an adapter saved without one takes that of its base."""
+    folder = local_folder(name_or_path)
+    if folder and not list(folder.glob("token*")) and (folder / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        if base:
+            logger.info("The adapter %s has no tokenizer: taking that of its base model, %s.", folder, base)
+            return load_tokenizer(base, trust_remote_code=trust_remote_code)
+    if folder and not list(folder.glob("token*")) and not list(folder.glob("*.model")):
+        raise ValueError(
+            f"The folder {str(folder)!r} has no tokenizer ({listing(folder)}): save one there with "
+            "tokenizer.save_pretrained, or pass it to the trainer as processing_class."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            where(name_or_path), trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+    except OSError as error:
+        raise ValueError(f"The tokenizer of {name_or_path!r} did not load: {error}") from error
+
+
+def _checked_init_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
+    """`model_init_kwargs` with float32 as the default dtype, free of what would be ignored or do harm."""
+    if isinstance(given, str):
+        raise ValueError(
+            f'--model_init_kwargs must be a JSON object such as \'{{"dtype": "bfloat16"}}\', got {given!r}.'
+        )
+    kwargs = dict(given or {})
+    for name, instead in NOT_IN_MODEL_INIT_KWARGS.items():
+        if name in kwargs:
+            raise ValueError(f"--model_init_kwargs cannot hold {name!r}: {instead}.")
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    kwargs.setdefault("dtype", torch.float32)
+    dtype = kwargs["dtype"]
+    if not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}.{did_you_mean(str(dtype), DTYPES)}")
+    if kwargs.get("device_map") is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"device_map={kwargs['device_map']!r} in --model_init_kwargs would put the model of every one of the "
+            f"{os.environ['WORLD_SIZE']} processes on the same devices: leave it out, the launcher places the models."
+        )
+    return kwargs
+
+
+def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    folder = local_folder(name_or_path)
+    if folder:
+        _check_model_folder(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(where(name_or_path), use_safetensors=True, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"The model {name_or_path!r} did not load (only safetensors are read): {error}") from error
+    except TypeError as error:
+        raise ValueError(f"--model_init_kwargs {kwargs} does not suit {name_or_path!r}: {error}") from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(f"{name_or_path!r} is not a causal language model. {str(error).splitlines()[0]}") from error
+
+
+def _check_model_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        inside = [
+            path.parent.name for name in ("config.json", "adapter_config.json") for path in folder.glob(f"*/{name}")
+        ]
+        hint = f" Did you mean its subfolder {max(inside)!r}?" if inside else ""
+        raise ValueError(
+            f"The folder {str(folder)!r} holds no model: neither config.json nor adapter_config.json is in it "
+            f"({listing(folder)}).{hint}"
+        )
+    _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are pickles, or that has none."""
+    if list(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES and "model" in path.name)
+    if pickles:
+        raise ValueError(
+            f"The folder {str(folder)!r} has its weights as a pickle alone ({pickles[0]}), which can run any code when "
+            f"it is read: refused. If you trust it, convert it: {TO_SAFETENSORS.format(name=folder)}"
+        )
+    raise ValueError(f"The folder {str(folder)!r} has no weights: no .safetensors file is in it ({listing(folder)}).")
+
+
+def _find_adapter(name_or_path: str, revision: str | None) -> PeftConfig | None:
+    """The adapter's config if the name leads to a PEFT adapter, None if it leads to a full model."""
+    config = fetch(name_or_path, "adapter_config.json", revision)
+    if config is None:
+        return None
+    if fetch(name_or_path, "adapter_model.safetensors", revision) is None:
+        raise ValueError(
+            f"The adapter {name_or_path!r} has no adapter_model.safetensors, and pickled weights (.bin) are refused: "
+            "they can run any code when they are read. If you trust it, load it with PeftModel.from_pretrained and "
+            "save it with save_pretrained, which writes safetensors."
+        )
+    return PeftConfig.from_pretrained(str(Path(config).parent))

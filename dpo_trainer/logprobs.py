@@ -1,0 +1,274 @@
+"""Model + PairBatch -> PairLogps, without ever holding the logits of a batch.
+
+The model is called through whatever wraps it, so that the hooks of DDP, FSDP, DeepSpeed and PEFT run. For the time of
+the call its output embedding alone gets another `forward`: it receives the hidden states, takes the M scored ones,
+walks them in chunks through its own original `forward` (bias, LoRA, quantised and sharded weights just work) and
+returns their log-probs [1, M] where the model expected logits.
+
+    R rows   L tokens in a row   M scored tokens   B tokens of a chunk   D hidden size   V vocabulary
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .attention import SharedPromptAttention
+from .batch import PairBatch, PairLogps, TokenLogps
+
+METRIC_STATS = frozenset({"entropy", "is_top1", "mean_logit"})
+"""Per-token outputs for the log line; they come from the same logits chunk as the log-probs."""
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model under DDP, DeepSpeed and PEFT."""
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout, no checkpointing, no random numbers drawn; every module in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Scorer:
+    """One model's way from batches to log-probs.
+
+    Args:
+        model: the model, or the PEFT model; wrappers that come later do not matter.
+        stats: per-token extras to compute besides the log-probs (fields of `TokenLogps`).
+        router_loss: also ask a mixture-of-experts model for its load-balancing loss.
+    """
+
+    def __init__(self, model: nn.Module, *, stats: frozenset[str] = frozenset(), router_loss: bool = False):
+        base = base_model(model)
+        self.stats = stats
+        self.router_loss = router_loss
+        self.attention = SharedPromptAttention(base)
+        # Switched off when the first batch shows that a model does more to its logits than we know of.
+        self.through_head = base.get_output_embeddings() is not None
+        self._step: contextlib.ExitStack | None = None
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around forward and backward of a training step: the attention that a flat batch needs stays until the end."""
+        with contextlib.ExitStack() as self._step:
+            try:
+                yield
+            finally:
+                self._step = None
+
+    def __call__(self, model: nn.Module, batch: PairBatch) -> PairLogps:
+        """Log-probs of `batch` under `model` as it is wrapped now. Differentiable where gradients are on."""
+        if batch.is_flat and self._step is not None and torch.is_grad_enabled():
+            self._step.enter_context(self.attention.installed())
+        with self.attention.installed() if batch.is_flat else contextlib.nullcontext():
+            tokens, aux_loss = (_score_in_head if self.through_head else _score_logits)(
+                model, batch, self.stats, {"output_router_logits": True} if self.router_loss else {}
+            )
+        if batch.is_flat:
+            self.attention.guard(tokens.logps)
+        return PairLogps.from_tokens(tokens, aux_loss)
+
+
+def router_loss_weight(model: PreTrainedModel, requested: float | None) -> float:
+    """Weight of the load-balancing loss: as asked, else the model's own where its config has that loss on; 0 is off."""
+    config = model.config.get_text_config(decoder=True)
+    if requested is None:
+        return config.router_aux_loss_coef if getattr(config, "output_router_logits", False) else 0.0
+    if requested > 0 and not hasattr(config, "output_router_logits"):
+        raise ValueError(
+            f"--router_aux_loss_coef {requested} needs a mixture-of-experts model with a load-balancing loss; "
+            f"{type(model).__name__} has none. Leave the option out."
+        )
+    return requested
+
+
+def _model_inputs(batch: PairBatch) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.is_flat:
+        return {**inputs, "position_ids": batch.position_ids, "segments": batch.segments}
+    return {**inputs, "attention_mask": batch.attention_mask}
+
+
+def _score_in_head(
+    model: nn.Module, batch: PairBatch, stats: frozenset[str], more: dict[str, Any]
+) -> tuple[TokenLogps, Tensor | None]:
+    scored: dict[str, Tensor] = {}
+
+    def score(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        scored.update(_score_chunks(head, _states(hidden, batch), batch.target_ids, stats))
+        return scored["logps"][None]
+
+    with _scoring_head(base_model(model), score):
+        outputs = model(**_model_inputs(batch), **more)
+    # The differentiable log-probs leave through the model's output, where wrappers attach their hooks.
+    scored["logps"] = outputs.logits.reshape(-1)
+    if scored["logps"].shape != batch.target_ids.shape:
+        raise RuntimeError(
+            f"{type(base_model(model)).__name__} reshapes what its output embedding returns: got "
+            f"{tuple(outputs.logits.shape)} for {len(batch.target_ids)} scored tokens."
+        )
+    return _token_logps(batch, scored), getattr(outputs, "aux_loss", None) if more else None
+
+
+def _score_logits(
+    model: nn.Module, batch: PairBatch, stats: frozenset[str], more: dict[str, Any]
+) -> tuple[TokenLogps, Tensor | None]:
+    """The plain way: all logits of the rows, as the model returns them. The yardstick, and the last resort."""
+    outputs = model(**_model_inputs(batch), **more)
+    logits = _states(outputs.logits, batch)
+    return _token_logps(batch, _stats_of(logits, batch.target_ids, stats)), getattr(
+        outputs, "aux_loss", None
+    ) if more else None
+
+
+def _token_logps(batch: PairBatch, values: dict[str, Tensor]) -> TokenLogps:
+    return TokenLogps(
+        completion=batch.completion,
+        position=batch.completion_position,
+        chosen=batch.chosen,
+        rejected=batch.rejected,
+        lengths=batch.lengths,
+        **values,  # type: ignore[arg-type]
+    )
+
+
+def _states(hidden: Tensor, batch: PairBatch) -> Tensor:
+    """[R, L', D] -> [M, D]: the states that predict the scored tokens. L' > L where prompt tuning puts tokens in front."""
+    extra = hidden.shape[1] - batch.input_ids.shape[1]
+    at = batch.score_at
+    if extra:
+        at = at + (torch.div(at, batch.input_ids.shape[1], rounding_mode="floor") + 1) * extra
+    return hidden.flatten(0, 1).index_select(0, at)
+
+
+def _stats_of(logits: Tensor, targets: Tensor, stats: frozenset[str]) -> dict[str, Tensor]:
+    """[B, V] logits -> the log-prob of each target (differentiable) and the extras (not), float32 [B] each."""
+    logits = logits.float()
+    logps = -F.cross_entropy(logits, targets, reduction="none")
+    out = {"logps": logps}
+    with torch.no_grad():
+        if stats & {"entropy", "log_sum_sq"}:
+            # log-probs of all tokens, from the target's: log p(v) = logit(v) - (logit(target) - log p(target))
+            shifted = logits - (logits.gather(1, targets[:, None]) - logps[:, None])
+            if "entropy" in stats:
+                out["entropy"] = -(shifted.exp() * shifted).sum(1)
+            if "log_sum_sq" in stats:
+                out["log_sum_sq"] = (2 * shifted).logsumexp(1)
+        if "is_top1" in stats:
+            out["is_top1"] = (logits.argmax(1) == targets).float()
+        if "mean_logit" in stats:
+            out["mean_logit"] = logits.mean(1)
+    return out
+
+
+def _score_chunks(
+    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, stats: frozenset[str]
+) -> dict[str, Tensor]:
+    """[M, D] -> [M] each. Logits live for one chunk; backward recomputes them chunk by chunk."""
+    names = ["logps", *sorted(stats)]
+
+    def score(states_BD: Tensor, targets_B: Tensor) -> tuple[Tensor, ...]:
+        out = _stats_of(head(states_BD), targets_B, stats)
+        return tuple(out[name] for name in names)
+
+    size = chunk_size(head, states)
+    chunks = list(zip(states.split(size), targets.split(size), strict=True))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        # Dropout inside the head (LoRA on it) must repeat itself in the recomputation; nothing else there is random.
+        keep_rng = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in _module_of(head).modules())
+        rows = [checkpoint(score, *c, use_reentrant=False, preserve_rng_state=keep_rng) for c in chunks]
+    else:
+        rows = [score(*c) for c in chunks]
+    return {name: torch.cat(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def _module_of(head: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The module whose (possibly wrapped) `forward` this is; an empty one where the callable does not tell."""
+    owner = getattr(head, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else nn.Module()
+
+
+def chunk_size(head: Callable[[Tensor], Tensor], states: Tensor) -> int:
+    """Scored tokens per chunk: as many as keep a float32 chunk of logits at 64 MB on a CPU, 512 MB on an accelerator.
+
+    Small enough to be nothing beside the model, large enough for matrix products to run at full speed.
+    """
+    vocabulary = getattr(_module_of(head), "out_features", None) or 32_768
+    return max(64, (2**24 if states.device.type == "cpu" else 2**27) // vocabulary)
+
+
+@contextlib.contextmanager
+def _scoring_head(model: PreTrainedModel, score: Callable[[Callable, Tensor], Tensor]) -> Iterator[None]:
+    """For the time of a forward: `score(original head, hidden states)` instead of the output embedding's `forward`.
+
+    What the model does to its logits after the head would hit log-probs: it is switched off, and done in the chunk.
+    """
+    module = model.get_output_embeddings()
+    original, was_patched = module.forward, "forward" in module.__dict__
+    with _without_logit_changes(model) as change:
+        head = original if change is None else _Changed(original, change)
+        module.forward = lambda hidden, *args, **kwargs: score(head, hidden)
+        try:
+            yield
+        finally:
+            if was_patched:  # by accelerate's device hooks, which put their forward on the instance as well
+                module.forward = original
+            else:
+                del module.forward
+
+
+class _Changed:
+    """The original head followed by what the model does to its logits."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor], change: Callable[[Tensor], Tensor]):
+        self.head, self.change = head, change
+        self.__self__ = _module_of(head)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self.change(self.head(states))
+
+
+@contextlib.contextmanager
+def _without_logit_changes(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor] | None]:
+    """Neutralise soft caps and scales that a model applies to its logits; yield the same as a function of the logits.
+
+    A model with a change that is not listed here is found by the check on the first batch.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found: list[tuple[Any, str, Any]] = []  # owner, attribute, neutral value
+    change: Callable[[Tensor], Tensor] | None = None
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2, 3, 3n, VaultGemma ...
+        found.append((config, "final_logit_softcapping", None))
+        change = lambda logits: torch.tanh(logits.float() / cap) * cap  # noqa: E731
+    elif isinstance(scale := getattr(model, "logit_scale", None), float | int):  # Cohere
+        found.append((model, "logit_scale", 1.0))
+        change = lambda logits: logits * scale  # noqa: E731
+    elif config.model_type.startswith("granite") and (divisor := getattr(config, "logits_scaling", None)):
+        found.append((config, "logits_scaling", 1.0))
+        change = lambda logits: logits / divisor  # noqa: E731
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in found]
+    for owner, name, neutral in found:
+        setattr(owner, name, neutral)
+    try:
+        yield change
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -1,0 +1,180 @@
+"""The objective of a run: every chosen loss with its weight and hyperparameters, and what shapes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import PairLogps
+from .batchwise import RunningShift
+from .likelihood import chosen_nll
+from .ranks import Ranks
+from .record import LOSSES, Loss, hyperparameters
+from .shaping import Divergence, divergence_by_name, length_desensitized, log_ratios, reverse_kl, wpo_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLosses:
+    """What the objective makes of N pairs."""
+
+    total: Tensor  # [N] float32, to be averaged over pairs by their weight
+    nll: Tensor | None = None  # [N] nats per token of the chosen completion, where the objective has an NLL term
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One loss of the mixture."""
+
+    loss: Loss
+    weight: float
+    hyperparameters: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Objective:
+    """Policy and reference log-probs -> one loss per pair.
+
+        total = wpo * sum_k weight_k loss_k(policy', reference') + rpo_alpha * NLL(policy) + router_weight * aux_loss
+
+    policy', reference' are shaped by LD-DPO where `ld_alpha` is set; wpo is 1 without `use_weighting`.
+    """
+
+    terms: list[Term]
+    beta: float
+    reference_free: bool = False
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    wpo_clamp: bool = False
+    rpo_alpha: float | None = None
+    rpo_normalization: str = "sequence"
+    router_weight: float = 0.0
+    divergence: Divergence = reverse_kl
+    ranks: Ranks = field(default_factory=Ranks)
+    shift: RunningShift = field(default_factory=RunningShift)
+
+    @classmethod
+    def from_config(cls, args: Any) -> Objective:
+        """From a checked `DPOConfig`: hyperparameters are its fields of the same name."""
+        losses = [LOSSES[name] for name in args.loss_type]
+        weights = args.loss_weights or [1.0] * len(losses)
+        return cls(
+            terms=[
+                Term(loss=loss, weight=weight, hyperparameters=hyperparameters(loss, args))
+                for loss, weight in zip(losses, weights, strict=True)
+            ],
+            beta=args.beta,
+            reference_free=args.reference_free,
+            ld_alpha=args.ld_alpha,
+            use_weighting=args.use_weighting,
+            wpo_clamp=args.wpo_clamp,
+            rpo_alpha=args.rpo_alpha,
+            rpo_normalization=args.rpo_normalization,
+            divergence=divergence_by_name(args.f_divergence_type, args.f_alpha_divergence_coef),
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free and any(term.loss.needs_reference for term in self.terms)
+
+    @property
+    def needs_reference_tokens(self) -> bool:
+        """Whether the reference must supply log-probs per token, and not only their sums."""
+        return self.needs_reference and self.ld_alpha is not None
+
+    @property
+    def token_stats(self) -> frozenset[str]:
+        """Fields of the policy's `TokenLogps` that the log-probs must fill in beyond the log-probs themselves."""
+        return frozenset({"log_sum_sq"}) if self.use_weighting else frozenset()
+
+    @property
+    def has_nll(self) -> bool:
+        return bool(self.rpo_alpha) or self._takes("rpo_normalization")
+
+    @property
+    def separable(self) -> bool:
+        """Whether the mean over a batch is the same however the batch is split."""
+        token_mean = self.has_nll and self.rpo_normalization == "token"
+        return all(term.loss.separable for term in self.terms) and not self._takes("delta") and not token_mean
+
+    def __call__(
+        self,
+        policy: PairLogps,
+        reference: PairLogps | None,
+        *,
+        training: bool,
+        weight: Tensor | None = None,
+    ) -> PairLosses:
+        """`reference` None counts as zeros. `weight` [N]: pairs of weight 0 do not touch the losses of the others."""
+        weight = torch.ones_like(policy.chosen) if weight is None else weight
+        shaped, shaped_reference = self._shape(policy, reference)
+        supplied = {"divergence": self.divergence, "weight": weight, "ranks": self.ranks}
+        if self._takes("delta"):
+            supplied["delta"] = self._delta(shaped, shaped_reference, weight, training)
+
+        total = self._mixture(shaped, shaped_reference, supplied)
+        if self.use_weighting:
+            total = total * wpo_weight(policy, clamp=self.wpo_clamp)
+        nll = chosen_nll(policy, normalization=self.rpo_normalization, weight=weight) if self.has_nll else None
+        if nll is not None and self.rpo_alpha:
+            total = total + self.rpo_alpha * nll
+        if policy.aux_loss is not None:
+            total = total + self.router_weight * policy.aux_loss
+        return PairLosses(total=total, nll=nll)
+
+    def _shape(self, policy: PairLogps, reference: PairLogps | None) -> tuple[PairLogps, PairLogps]:
+        if reference is None or self.reference_free:
+            reference = zero_logps(policy)
+        elif self.ld_alpha is not None and self.needs_reference:
+            reference = length_desensitized(reference, self.ld_alpha)
+        return (policy if self.ld_alpha is None else length_desensitized(policy, self.ld_alpha)), reference
+
+    def _mixture(self, policy: PairLogps, reference: PairLogps, supplied: dict[str, Any]) -> Tensor:
+        total = torch.zeros_like(policy.chosen)
+        for term in self.terms:
+            wanted = {name: value for name, value in supplied.items() if name in term.loss.arguments}
+            losses = term.loss(policy, reference, **term.hyperparameters, **wanted)
+            if losses.shape != total.shape:
+                raise ValueError(
+                    f"Loss {term.loss.name!r} returned shape {tuple(losses.shape)} for {len(total)} pairs: return one "
+                    "value per pair and leave the mean to the trainer."
+                )
+            total = total + term.weight * losses
+        return total
+
+    def _delta(self, policy: PairLogps, reference: PairLogps, weight: Tensor, training: bool) -> Tensor:
+        if training:
+            chosen, rejected = log_ratios(policy, reference)
+            rewards = self.beta * (chosen + rejected).detach() / 2
+            self.shift.update(rewards.where(weight > 0, 0), weight, self.ranks)
+        return self.shift.to(policy.chosen.device).mean
+
+    def _takes(self, argument: str) -> bool:
+        return any(argument in term.loss.arguments for term in self.terms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training changes, as JSON takes it: part of the checkpoint."""
+        return {"delta": self.shift.state_dict()} if self._takes("delta") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._takes("delta") != ("delta" in state):
+            raise ValueError(
+                "The checkpoint was written with another --loss_type: it has "
+                f"{'a' if 'delta' in state else 'no'} running reward shift, and this run's losses "
+                f"({', '.join(term.loss.name for term in self.terms)}) need {'one' if self._takes('delta') else 'none'}. "
+                "Resume with the losses of the checkpoint, or start a new run from its model."
+            )
+        if "delta" in state:
+            self.shift.load_state_dict(state["delta"])
+
+
+def zero_logps(policy: PairLogps) -> PairLogps:
+    """The reference that is none: every log-prob 0."""
+    return PairLogps(
+        chosen=torch.zeros_like(policy.chosen),
+        rejected=torch.zeros_like(policy.rejected),
+        chosen_lengths=policy.chosen_lengths,
+        rejected_lengths=policy.rejected_lengths,
+    )

@@ -1,0 +1,187 @@
+"""The table of metrics: sums and counts on the device, one reduction per log line.
+
+    rewards/*  beta * (log-prob under the policy - under the reference), nats * beta      logps/*  nats per completion
+    entropy    nats per completion token                                                 logits/* mean logit per token
+
+Means of pairs are over pairs, means of tokens over tokens, on all ranks, since the last line; rows that only fill an
+uneven batch do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .batch import PairBatch, PairLogps
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """What one micro-batch knows; every metric is a sum and a count over it."""
+
+    batch: PairBatch
+    policy: PairLogps
+    reference: PairLogps | None
+    losses: Tensor  # [N], all terms
+    beta: float
+
+    @property
+    def counted(self) -> Tensor:
+        """[N] 1 for a real pair, 0 for one that only fills the batch."""
+        return (self.batch.weight > 0).float()
+
+    def of_pairs(self, values: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[N] -> (sum, count)."""
+        weight = self.counted if weight is None else weight
+        return torch.stack([(values.float() * weight).sum(), weight.sum()])
+
+    def of_tokens(self, values: Tensor, *sides: str) -> Tensor:
+        """[M] -> (sum, count) over the completions of these sides (chosen, rejected); a shared completion counts once."""
+        counted = self.batch.weight.new_zeros(len(self.batch.lengths))
+        for side in sides:
+            counted = counted.index_fill(0, getattr(self.batch, side)[self.counted > 0], 1.0)
+        weight = counted[self.batch.completion]
+        return torch.stack([(values * weight).sum(), weight.sum()])
+
+    def reward(self, side: str) -> Tensor:
+        """[N] implicit reward; without a reference, against log-probs of 0."""
+        policy = getattr(self.policy, side)
+        return self.beta * (policy if self.reference is None else policy - getattr(self.reference, side))
+
+
+METRICS: dict[str, Callable[[StepParts], Tensor]] = {
+    "loss": lambda s: s.of_pairs(s.losses, s.batch.weight),
+    "rewards/chosen": lambda s: s.of_pairs(s.reward("chosen")),
+    "rewards/rejected": lambda s: s.of_pairs(s.reward("rejected")),
+    "rewards/accuracies": lambda s: s.of_pairs(s.reward("chosen") > s.reward("rejected")),
+    "rewards/margins": lambda s: s.of_pairs(s.reward("chosen") - s.reward("rejected")),
+    "logps/chosen": lambda s: s.of_pairs(s.policy.chosen),
+    "logps/rejected": lambda s: s.of_pairs(s.policy.rejected),
+    "logits/chosen": lambda s: s.of_tokens(_tokens(s).mean_logit, "chosen"),
+    "logits/rejected": lambda s: s.of_tokens(_tokens(s).mean_logit, "rejected"),
+    "entropy": lambda s: s.of_tokens(_tokens(s).entropy, "chosen", "rejected"),
+    "mean_token_accuracy": lambda s: s.of_tokens(_tokens(s).is_top1, "chosen"),
+    "nll_loss": lambda s: s.of_pairs(-s.policy.mean_chosen()),
+    "aux_loss": lambda s: s.of_pairs(_aux_loss(s).expand_as(s.losses)),
+}
+"""Name -> (sum, count) of a micro-batch; the logged value is the sum of sums over the sum of counts."""
+
+
+def _tokens(parts: StepParts):
+    return parts.policy.tokens
+
+
+def _aux_loss(parts: StepParts) -> Tensor:
+    return parts.losses.new_zeros(()) if parts.policy.aux_loss is None else parts.policy.aux_loss
+
+
+def per_pair(parts: StepParts) -> dict[str, Tensor]:
+    """What `compute_metrics` receives: [N] each."""
+    of_reference = {
+        f"ref_logps/{side}": torch.zeros_like(parts.losses) if parts.reference is None else getattr(parts.reference, side)
+        for side in ("chosen", "rejected")
+    }
+    return {
+        "rewards/chosen": parts.reward("chosen"),
+        "rewards/rejected": parts.reward("rejected"),
+        "logps/chosen": parts.policy.chosen,
+        "logps/rejected": parts.policy.rejected,
+        **of_reference,
+        "example_ids": parts.batch.example_ids,
+    }
+
+
+def step_loss(losses: Tensor, weight: Tensor, weight_of_step: Tensor | None, ranks: int) -> Tensor:
+    """What to call backward on: summed over the micro-batches and averaged over the ranks, as the engines average
+    gradients, it is the mean over all pairs of the optimizer step. Without `weight_of_step`: the mean of this batch.
+    """
+    if weight_of_step is None:
+        weight_of_step, ranks = weight.sum(), 1
+    return (losses * weight).sum() * ranks / weight_of_step.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class MetricSums:
+    """Sums since the last log line. `add` launches a few kernels and waits for nothing."""
+
+    def __init__(self, *, aux_loss: bool):
+        self.names = [name for name in METRICS if aux_loss or name != "aux_loss"]
+        self.clear()
+
+    def clear(self) -> None:
+        self.table: Tensor | None = None  # [K, 2], on the device of the losses
+        self.num_tokens = 0
+
+    @torch.no_grad()
+    def add(self, parts: StepParts) -> None:
+        table = torch.stack([METRICS[name](parts) for name in self.names]).double()
+        self.table = table if self.table is None else self.table + table
+        self.num_tokens += parts.batch.num_tokens
+
+    def reduce(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> tuple[dict[str, float], int]:
+        """(means over all pairs since the last call, tokens computed since then), on all ranks: one collective, one wait.
+
+        `gather` sums a tensor over ranks. Every rank must call, also one that saw no batch.
+        """
+        table = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device) if self.table is None else self.table
+        tokens = torch.tensor([[self.num_tokens, 0.0]], dtype=torch.float64, device=table.device)
+        *rows, (num_tokens, _) = gather(torch.cat([table, tokens])).tolist()
+        self.clear()
+        means = {name: total / count for name, (total, count) in zip(self.names, rows, strict=True) if count}
+        return means, int(num_tokens)
+
+
+class FallingChosenWarning:
+    """Says once when margins grow because the rejected log-prob falls faster than the chosen one.
+
+    Loss, accuracy and margins look perfect then, while the model unlearns the very answers that it should prefer.
+    """
+
+    NATS = 1.0  # mean distance from the reference, per completion, on both sides of the comparison
+
+    def __init__(self, beta: float, *, has_reference: bool):
+        self.beta = beta
+        self.said = not has_reference  # rewards are then log-probs, and always negative
+
+    def look(self, means: dict[str, float], step: int) -> None:
+        chosen, margin = means.get("rewards/chosen", 0.0) / self.beta, means.get("rewards/margins", 0.0) / self.beta
+        if self.said or chosen > -self.NATS or margin < self.NATS:
+            return
+        self.said = True
+        logger.warning(
+            f"Step {step}: chosen log-probs fall while margins grow. The chosen completions are {-chosen:.1f} nats less "
+            f"likely than under the reference, and the margin is {margin:.1f} nats. Loss and accuracy do not show it; the "
+            "model may stop writing well-formed answers. Add an NLL term (--rpo_alpha 1), raise --beta, or lower the "
+            "learning rate, and make sure that chosen completions end with the EOS token."
+        )
+
+
+class FiniteCheck:
+    """One look per optimizer step at the losses of all its micro-batches, before the weights are touched."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(self, example_ids: Tensor, losses: Tensor) -> None:
+        self.seen.append((example_ids, losses.detach()))
+
+    def check(self, gather: Callable[[Tensor], Tensor], step: int) -> None:
+        """Raise on all ranks when any pair of the step had a non-finite loss, naming step and `example_ids`."""
+        if not self.seen:
+            return
+        ids, losses = (torch.cat(column) for column in zip(*self.seen, strict=True))
+        self.seen = []
+        bad = ~torch.isfinite(losses)
+        if gather(bad.sum()).item() == 0:
+            return
+        here = ids[bad].tolist()
+        which = f"example_ids {here[:20]}" if here else "on another rank"
+        raise FloatingPointError(
+            f"The loss of optimizer step {step} is not finite ({which}). The weights were not updated. Look at these rows, "
+            "lower the learning rate, or train in float32 (--bf16 false)."
+        )

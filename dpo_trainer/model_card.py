@@ -1,0 +1,50 @@
+"""The model card of a run: what was trained on what, with which loss, and what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from . import __version__
+from .logprobs import base_model
+
+if TYPE_CHECKING:
+    from .trainer import DPOTrainer
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+
+def write_model_card(trainer: DPOTrainer, folder: Path) -> None:
+    """README.md in `folder`, over the plain one that transformers or peft wrote there."""
+    args = trainer.dpo_args
+    start = base_model(trainer.model).config._name_or_path
+    is_hub_id = bool(start) and not Path(start).exists()
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=start if is_hub_id else None,
+            library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
+            tags=list(trainer._tag_names),
+            model_name=args.hub_model_id or folder.resolve().name,
+        ),
+        template_path=str(TEMPLATE),
+        start=start or "a model built in memory",
+        losses=list(zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True)),
+        args=args,
+        reference=trainer.reference.description,
+        layout=trainer.layout.name,
+        reports=trainer.data_reports,
+        lines=_last_lines(trainer.state.log_history),
+        version=__version__,
+    )
+    card.save(folder / "README.md")
+
+
+def _last_lines(history: list[dict]) -> dict[str, dict[str, float]]:
+    """The last line of training and the last of each evaluation, metrics only."""
+    lines = {
+        "training": next((line for line in reversed(history) if "loss" in line), {}),
+        "evaluation": next((line for line in reversed(history) if any(k.startswith("eval_") for k in line)), {}),
+    }
+    return {name: {k: v for k, v in line.items() if isinstance(v, int | float)} for name, line in lines.items() if line}

@@ -1,0 +1,104 @@
+"""The strategies. Each is asked once per batch, computes without gradients, and leaves the policy as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+
+from ..batch import PairBatch, PairLogps
+from ..logprobs import Scorer, evaluation_mode
+
+
+class Reference(Protocol):
+    """Where reference log-probs come from. Chosen once, when the trainer is built."""
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps | None:
+        """Log-probs of `batch` under the reference: no gradient, float32, pairs in batch order.
+
+        `policy` is the model in training as it is wrapped now. None stands for log-probs of 0 (no reference).
+        """
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Models of its own, besides the policy: the trainer places them and checks their layout."""
+
+    @property
+    def description(self) -> str:
+        """One line for the log and the model card."""
+
+
+class NoReference:
+    """For losses that need none, and for a uniform reference (`reference_free`)."""
+
+    models: list[nn.Module] = []
+    description = "none"
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps | None:
+        return None
+
+
+class FrozenModel:
+    """A model of its own that never changes: a copy of the policy as training found it, or one that the user gave."""
+
+    def __init__(self, model: nn.Module, scorer: Scorer, description: str):
+        self.model = model.eval().requires_grad_(False)
+        self.scorer = scorer
+        self.description = description
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [self.model]
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
+        with torch.no_grad():
+            return self.scorer(self.model, batch)
+
+
+class DisabledAdapter:
+    """The policy with its adapter off: one more forward, no more memory."""
+
+    models: list[nn.Module] = []
+    description = "the policy with its adapter disabled"
+
+    def __init__(self, scorer: Scorer):
+        self.scorer = scorer
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
+        peft_model: PeftModel = extract_model_from_parallel(policy)
+        with torch.no_grad(), evaluation_mode(peft_model), peft_model.disable_adapter():
+            return self.scorer(policy, batch)
+
+
+class NamedAdapter:
+    """A second, frozen adapter on the same base model."""
+
+    models: list[nn.Module] = []
+
+    def __init__(self, scorer: Scorer, policy_adapter: str, reference_adapter: str, description: str):
+        self.scorer = scorer
+        self.policy_adapter = policy_adapter
+        self.reference_adapter = reference_adapter
+        self.description = description
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
+        peft_model = extract_model_from_parallel(policy)
+        with torch.no_grad(), evaluation_mode(peft_model), self._active(peft_model):
+            return self.scorer(policy, batch)
+
+    @contextlib.contextmanager
+    def _active(self, model: PeftModel) -> Iterator[None]:
+        # peft ties "active" to "trainable" and switches both; what the user froze or trains is put back as it was.
+        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.set_adapter(self.reference_adapter)
+        try:
+            yield
+        finally:
+            model.set_adapter(self.policy_adapter)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable[name])
