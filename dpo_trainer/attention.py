@@ -201,6 +201,10 @@ class SharedPromptAttention:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
+        """Nested uses change nothing: only the one that installed it takes it off."""
+        if self.is_installed:
+            yield
+            return
         # The setter of `_attn_implementation` would write through to sub-configs, and a vision tower must keep its own.
         before = self.config._attn_implementation_internal
         self.config._attn_implementation_internal = NAME
@@ -216,7 +220,7 @@ class SharedPromptAttention:
             if not self.is_installed:
                 raise RuntimeError(
                     "The backward of a flat batch began after its attention was taken off the model: recomputed layers "
-                    "would give wrong gradients. Run forward and backward inside one `Scorer.attention()` context, as "
+                    "would give wrong gradients. Run forward and backward inside one `Scorer.step()` context, as "
                     "DPOTrainer.training_step does."
                 )
 

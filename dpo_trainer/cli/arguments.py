@@ -135,7 +135,7 @@ def check_together(script: ScriptArguments, model: ModelArguments, config: DPOCo
                 f"{', '.join(idle)} without --{switch} would do nothing: add --{switch}, or leave it out."
             )
     for option, names in ALSO_IN_MODEL_INIT_KWARGS.items():
-        twice = [name for name in names if name in (config.model_init_kwargs or {})]
+        twice = [name for name in names if name in (config.model_init_kwargs or ())]
         if option in given and twice:
             raise ValueError(f"--{option} and --model_init_kwargs {twice[0]!r} set the same thing: choose one.")
 
@@ -156,6 +156,8 @@ def _check_model_and_data(script: ScriptArguments, model: ModelArguments, given:
 
 def merged_init_kwargs(model: ModelArguments, config: DPOConfig) -> dict[str, Any]:
     """What `from_pretrained` gets: --model_init_kwargs, and the options of `ModelArguments` that belong there."""
+    if isinstance(config.model_init_kwargs, str):  # a JSON object is a dict by now
+        raise ValueError(f"--model_init_kwargs must be a JSON object, got {config.model_init_kwargs!r}.")
     kwargs = dict(config.model_init_kwargs or {})
     if not {"dtype", "torch_dtype"} & set(kwargs):
         kwargs["dtype"] = model.dtype

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,6 +21,7 @@ from .values import fit
 
 KINDS = (ScriptArguments, ModelArguments, DPOConfig)
 NOT_GIVEN = object()
+T = TypeVar("T")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, ModelArguments, DPOConfig, set[str]]:
@@ -32,13 +33,15 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, Mode
     flags, file = _parse_flags(sys.argv[1:] if argv is None else list(argv))
     values = (_read_file(file) if file else {}) | flags
     _check_json(values)
-    script, model, config = (
-        kind(**{option.name: values[option.name] for option in fields(kind) if option.name in values})
-        for kind in KINDS
-    )
+    script, model = _build(ScriptArguments, values), _build(ModelArguments, values)
+    config = _build(DPOConfig, values)
     given = set(values)
     check_together(script, model, config, given)
     return script, model, config, given
+
+
+def _build(kind: type[T], values: dict[str, Any]) -> T:
+    return kind(**{name: value for name, value in values.items() if name in get_type_hints(kind)})
 
 
 class OptionParser(HfArgumentParser):

@@ -72,12 +72,11 @@ def pair_from_row(row: Mapping[str, Any], where: str) -> Pair:
     options = _template_options(row, where)
     if forms["chosen"] == "text":
         if options:
-            raise _bad(
-                where, next(iter(options)), "needs a chat template, and this row is plain text", "Give messages"
-            )
+            raise _bad(where, next(iter(options)), "is for conversations, and this row is text", "Give messages")
         return _text_pair(row, where)
     messages = {column: _messages(row[column], where, column) for column in columns}
-    return Pair(**_message_parts(messages, where), **options)
+    prompt, chosen, rejected = _message_parts(messages, where)
+    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, **options)
 
 
 def token_ids_from_row(row: Mapping[str, Any], where: str) -> tuple[list[int], list[int], list[int]]:
@@ -128,10 +127,8 @@ def _form(value: Any, where: str, column: str) -> str:
 
 def _mixed_forms(row: Mapping[str, Any], where: str, forms: dict[str, str]) -> ValueError:
     remedy = "Give all as strings, or all as lists of messages"
-    starts_with_prompt = (
-        row["chosen"] and isinstance(row["chosen"][0], Mapping) and row["chosen"][0].get("role") != "assistant"
-    )
-    if forms.get("prompt") == "text" and forms["chosen"] == forms["rejected"] == "messages" and starts_with_prompt:
+    first = row["chosen"][0] if row["chosen"] else None
+    if forms.get("prompt") == "text" and isinstance(first, Mapping) and first.get("role") != "assistant":
         remedy += "; here 'chosen' holds the prompt's turn already: dataset.remove_columns('prompt')"
     kinds = ", ".join(f"{column!r} is {'a string' if form == 'text' else 'a list'}" for column, form in forms.items())
     return ValueError(f"{where} mixes forms: {kinds}. {remedy}.")
@@ -158,12 +155,8 @@ def _message(message: Any, where: str, column: str) -> Message:
     if role is None or (content is None and not message.get("tool_calls")):
         hint = ", not from and value" if {"from", "value"} <= set(message) else ""
         missing = "role" if role is None else "content"
-        raise _bad(
-            where,
-            column,
-            f"has no {missing} (it has: {', '.join(message)})",
-            f"A message needs role and content{hint}",
-        )
+        problem = f"has no {missing} (it has: {', '.join(message)})"
+        raise _bad(where, column, problem, f"A message needs role and content{hint}")
     if not isinstance(role, str) or not role.strip():
         raise _bad(where, column, f"has the role {role!r}", "Give a name such as user or assistant")
     if content is not None and not isinstance(content, str):
@@ -177,40 +170,32 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _message_parts(messages: dict[str, list[Message]], where: str) -> dict[str, list[Message]]:
+def _message_parts(messages: dict[str, list[Message]], where: str) -> tuple[list[Message], ...]:
     """prompt, chosen, rejected, with completions that are an assistant's."""
-    parts = messages
-    if "prompt" not in messages:
-        parts = dict(zip(("prompt", "chosen", "rejected"), split_messages(**messages)))
-        if not parts["prompt"]:
+    chosen, rejected = messages["chosen"], messages["rejected"]
+    if "prompt" in messages:
+        prompt = messages["prompt"]
+    else:
+        prompt, chosen, rejected = split_messages(chosen, rejected)
+        if not prompt:
             raise ValueError(
                 f"{where}: 'chosen' and 'rejected' share no first turn that an assistant answers in both, so there is no "
                 "prompt. Give the shared turns in a column 'prompt'."
             )
-    for column in ("chosen", "rejected"):
-        _check_completion(parts[column], where, column)
-    return parts
+    _check_completion(chosen, where, "chosen")
+    _check_completion(rejected, where, "rejected")
+    return prompt, chosen, rejected
 
 
 def _check_completion(completion: list[Message], where: str, column: str) -> None:
     for turn, message in enumerate(completion):
-        if message["role"] == "assistant":
-            continue
-        if turn == 0:
-            problem = f"starts with a {message['role']!r} turn; a completion starts with an 'assistant' turn"
-            raise _bad(
-                where,
-                column,
-                problem,
-                "Move the turns before it to 'prompt', or remove the column 'prompt' if both repeat it",
-            )
-        raise _bad(
-            where,
-            column,
-            f"has a {message['role']!r} turn inside the completion, whose tokens would be scored as if the model had "
-            "written them",
-            "End the completion before it, or move the shared turns to 'prompt'",
-        )
+        role = message["role"]
+        if role != "assistant" and turn == 0:
+            remedy = "Move the turns before it to 'prompt', or remove the column 'prompt' if both repeat it"
+            raise _bad(where, column, f"starts with a {role!r} turn; a completion starts with 'assistant'", remedy)
+        if role != "assistant":
+            problem = f"has a {role!r} turn inside the completion, which would be scored as the model's own words"
+            raise _bad(where, column, problem, "End the completion before it, or move shared turns to 'prompt'")
 
 
 def _template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:

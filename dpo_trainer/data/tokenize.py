@@ -95,8 +95,10 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, where: Sequence[str]) 
 
 
 def _texts(pair: Pair, tokenizer: Any, where: str) -> _Texts:
-    if isinstance(pair.prompt, str):
-        return _Texts(pair.prompt, f"{pair.prompt}{pair.chosen}", f"{pair.prompt}{pair.rejected}", templated=False)
+    if isinstance(pair.prompt, str) or isinstance(pair.chosen, str) or isinstance(pair.rejected, str):
+        return _Texts(
+            f"{pair.prompt}", f"{pair.prompt}{pair.chosen}", f"{pair.prompt}{pair.rejected}", templated=False
+        )
     if not tokenizer.chat_template:
         raise ValueError(
             f"{where} is a conversation, and the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
@@ -111,7 +113,8 @@ def _texts(pair: Pair, tokenizer: Any, where: str) -> _Texts:
     continued = pair.prompt[-1]["role"] == "assistant"
     try:
         prompt = render(pair.prompt, add_generation_prompt=not continued, continue_final_message=continued)
-        chosen, rejected = (render(_joined(pair.prompt, turns)) for turns in (pair.chosen, pair.rejected))
+        chosen = render(_joined(pair.prompt, pair.chosen))
+        rejected = render(_joined(pair.prompt, pair.rejected))
     except Exception as error:  # a template is a program of the model's author and may raise anything
         raise ValueError(
             f"{where}: the chat template refuses these messages: {error}. Change their roles or order, or the template."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -67,6 +68,12 @@ class Loss:
         """The paragraph that begins with `Source:`, without that word, in one line."""
         found = (p.removeprefix("Source:") for p in self._paragraphs if p.startswith("Source:"))
         return " ".join(next(found, "").split())
+
+    @property
+    def paper(self) -> str:
+        """The first arXiv id of the source."""
+        found = re.search(r"arXiv:(\d{4}\.\d{5})", self.source)
+        return found[1] if found else ""
 
 
 class LossRegistry(Registry[Loss]):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import os
 import sys
+import types
 from pathlib import Path
 
 from .record import LOSSES
 
-_loaded: dict[str, str] = {}  # module name -> hash of the file that was executed
+_loaded: dict[str, bytes] = {}  # module name -> text of the file that was executed
 
 
 def load_loss_module(path_or_module: str) -> list[str]:
@@ -50,19 +50,18 @@ def _load_file(path: Path) -> str:
     """Execute a file as a module of its own, unless this very text has been executed. Returns the module's name."""
     if not path.is_file():
         raise _NoSuchFile(path)
-    path = path.resolve()
+    path, text = path.resolve(), path.read_bytes()
     name = f"loss_module_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    text = hashlib.sha256(path.read_bytes()).hexdigest()
     if _loaded.get(name) == text:
         return name
 
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path.name} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    # Compiled here and not by the import system, whose cache takes an edit within the same second for the old file.
+    code = compile(text, path, "exec")
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        exec(code, module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
