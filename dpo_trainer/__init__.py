@@ -1,6 +1,6 @@
 """Direct Preference Optimization that computes each token once.
 
-    from dpo_trainer import DPOConfig, DPOTrainer, DataCollatorForPreference, register_loss
+from dpo_trainer import DPOConfig, DPOTrainer, DataCollatorForPreference, register_loss
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .batch import Segments
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 # transformers reads meaning into names that contain "flash", "sdpa" or "flex_attention". A name without a registered
 # mask function gets no mask: restarted positions would otherwise be taken for packed sequences, in a [T, T] mask.
@@ -87,7 +87,11 @@ def _sdpa(
     q, k = query.shape[2], key.shape[2]
     window = None if window is None or window >= k else window
     plain = q == k and window is None
-    mask = None if plain else segments.remember((q, k, window, query.device), lambda: _visible(q, k, window, query.device))
+    mask = (
+        None
+        if plain
+        else segments.remember((q, k, window, query.device), lambda: _visible(q, k, window, query.device))
+    )
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -143,7 +147,7 @@ def _varlen(
     """One kernel call for the row: its causal mask is aligned at the ends, which is what a prefix before the keys needs."""
     index = segments.varlen(query.device)
     row = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, d]
-    out = varlen_attn(
+    out: Any = varlen_attn(
         row[0],
         row[1][index.keys_at],
         row[2][index.keys_at],

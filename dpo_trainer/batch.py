@@ -1,7 +1,7 @@
 """Every type that flows: Pair -> TokenizedPair -> PairBatch -> PairLogps.
 
-    N pairs   C completions   R rows   L tokens in a row   M scored tokens   S segments of a flat row
-    log-probs: nats, float32, summed over a completion unless the name says mean
+N pairs   C completions   R rows   L tokens in a row   M scored tokens   S segments of a flat row
+log-probs: nats, float32, summed over a completion unless the name says mean
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ class PairBatch:
         if rows % 2:
             raise ValueError(f"A padded batch has chosen rows, then rejected rows: {rows} rows cannot be halved.")
         if mask[:, 0].any():
-            raise ValueError("completion_mask marks the first token of a row: nothing predicts it. Prompts need a token.")
+            raise ValueError(
+                "completion_mask marks the first token of a row: nothing predicts it. Prompts need a token."
+            )
         completion, column = mask.nonzero(as_tuple=True)
         lengths = mask.sum(1)
         first = lengths.cumsum(0) - lengths

@@ -6,6 +6,7 @@ Refusals that depend on the model or the data stand in the module that sees them
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,8 +18,8 @@ from .registry import did_you_mean
 
 
 def choices(*allowed: str, help: str) -> dict[str, Any]:
-    """Field metadata for an option with a fixed set of values."""
-    return {"help": f"{help} One of: {', '.join(allowed)}.", "allowed": allowed}
+    """Field metadata for an option with a fixed set of values, as argparse reads it."""
+    return {"help": help, "choices": allowed}
 
 
 @dataclass
@@ -109,6 +110,10 @@ class DPOConfig(TrainingArguments):
     dpop_lambda: float = field(
         default=50.0, metadata={"help": "Weight of `dpop`'s penalty on a falling chosen log-prob, >= 0."}
     )
+    chi_po_reward_bound: float | None = field(
+        default=None,
+        metadata={"help": "R of `chi_po`, > 0: scores are clipped to [-2R, 2R] before beta. None: no clip."},
+    )
 
     # --- the reference ---
     reference_free: bool = field(
@@ -128,10 +133,13 @@ class DPOConfig(TrainingArguments):
     # --- the data ---
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Most tokens of prompt + completion. Truncated pairs are counted and reported. None: no limit."},
+        metadata={
+            "help": "Most tokens of prompt + completion. Truncated pairs are counted and reported. None: no limit."
+        },
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of a prompt; its beginning is cut (its end stays, next to the answer)."}
+        default=None,
+        metadata={"help": "Most tokens of a prompt; its beginning is cut (its end stays, next to the answer)."},
     )
     max_completion_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a completion; its end is cut."}
@@ -155,7 +163,8 @@ class DPOConfig(TrainingArguments):
         ),
     )
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes for tokenization. The fast tokenizer already uses every core in one."}
+        default=None,
+        metadata={"help": "Processes for tokenization. The fast tokenizer already uses every core in one."},
     )
 
     # --- the batch and the model ---
@@ -176,7 +185,9 @@ class DPOConfig(TrainingArguments):
         default=True,
         metadata={"help": "Switch off all dropout of policy and reference, attention dropout too; LoRA's stays."},
     )
-    disable_lora_dropout: bool = field(default=False, metadata={"help": "Switch off the dropout of LoRA layers as well."})
+    disable_lora_dropout: bool = field(
+        default=False, metadata={"help": "Switch off the dropout of LoRA layers as well."}
+    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
@@ -196,7 +207,9 @@ class DPOConfig(TrainingArguments):
 
     # --- defaults that differ from transformers ---
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of the optimizer."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines; below 1, a share of all."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two log lines; below 1, a share of all."}
+    )
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
@@ -207,7 +220,9 @@ class DPOConfig(TrainingArguments):
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bfloat16 mixed precision. Default: on where the device computes in bfloat16, unless --fp16."},
+        metadata={
+            "help": "bfloat16 mixed precision. Default: on where the device computes in bfloat16, unless --fp16."
+        },
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Refused when set: a non-finite loss stops the run instead of being hidden."}
@@ -228,8 +243,8 @@ class DPOConfig(TrainingArguments):
 
     def _check_choices(self) -> None:
         for option in fields(self):
-            allowed, value = option.metadata.get("allowed"), getattr(self, option.name)
-            if allowed and value not in allowed:
+            allowed, value = option.metadata.get("choices"), getattr(self, option.name)
+            if allowed and value is not None and value not in allowed:
                 raise ValueError(
                     f"--{option.name} {value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
                 )
@@ -243,10 +258,11 @@ class DPOConfig(TrainingArguments):
             "pad_to_multiple_of": 1,
         }.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"--{name} must be an integer of at least {least}, or None, got {value!r}.")
-        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
-            raise ValueError(f"--router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}.")
+        coef = self.router_aux_loss_coef
+        if coef is not None and not (isinstance(coef, int | float) and 0 <= coef < math.inf):
+            raise ValueError(f"--router_aux_loss_coef must be a number of at least 0, got {coef!r}.")
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
             raise ValueError(
                 f"--max_prompt_length {self.max_prompt_length} leaves no room for a completion in --max_length "
@@ -261,13 +277,11 @@ class DPOConfig(TrainingArguments):
 
     def _resolve_checkpointing(self) -> None:
         """`gradient_checkpointing`, the name that users know, steers whatever name this transformers has for it."""
-        renamed = hasattr(self, "activation_checkpointing")
-        if renamed and self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing is not False
-        if renamed and self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        if not renamed and self.gradient_checkpointing is None:
-            self.gradient_checkpointing = True
+        name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+        if getattr(self, name) is None:
+            setattr(self, name, self.gradient_checkpointing is not False)
+        if getattr(self, f"{name}_kwargs") is None:
+            setattr(self, f"{name}_kwargs", self.gradient_checkpointing_kwargs)
 
     def _resolve_precision(self) -> None:
         if self.bf16 is None:
@@ -293,6 +307,11 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process, which would split the flat row between them: start with "
                 "`accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "--torch_compile is not available in this version: every batch has its own segments, and would be compiled "
+                "anew. Leave it off."
             )
         for name in ("dispatch_batches", "split_batches"):
             if getattr(self.accelerator_config, name):

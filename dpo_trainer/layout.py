@@ -65,7 +65,11 @@ class Layout:
         if requested == "flat" and reason:
             raise ValueError(f"--layout flat does not work with {name}: {reason}. Use --layout auto or padded.")
         self.name = "padded" if requested == "padded" or reason else "flat"
-        why = "as asked" if requested != "auto" else reason or "each prompt once, no padding; verified on the first batch"
+        why = (
+            "as asked"
+            if requested != "auto"
+            else reason or "each prompt once, no padding; verified on the first batch"
+        )
         logger.warning(f"Layout for {name}: {self.name} ({why}).")
 
     def settle(self, policy: nn.Module, batch: PairBatch) -> PairBatch:
@@ -75,8 +79,9 @@ class Layout:
         """
         if not self.settled:
             (scorer, _), *references = self.scored
-            for scorer, model in [(scorer, policy), *references]:
-                self.verify(scorer, model, batch)
+            self.verify(scorer, policy, batch)
+            for own_scorer, own_model in references:
+                self.verify(own_scorer, own_model, batch)
             self.settled = True
         return as_padded(batch, self.pad_token_id) if self.name == "padded" else batch
 
@@ -110,7 +115,7 @@ class Layout:
             raise
         except Exception as error:  # whatever a model does with rows or heads that it was not written for
             return f"{layout}: {type(error).__name__}: {error}"
-        limit = TOLERANCE[self.autocast or base_model(model).get_input_embeddings().weight.dtype]
+        limit = TOLERANCE[self.autocast or base_model(model).dtype]
         for what, a, b in zip(("log-probs", "gradients"), got, want, strict=True):
             difference = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
             if not difference <= limit:  # NaN differs as well
@@ -124,7 +129,9 @@ class Layout:
                 "Use --layout auto or padded."
             )
         memory = "" if through_head else ", with all logits of a batch in memory"
-        logger.warning(f"{model_name} is trained with padded rows{memory}. Checked on two short pairs: {'; '.join(problems)}.")
+        logger.warning(
+            f"{model_name} is trained with padded rows{memory}. Checked on two short pairs: {'; '.join(problems)}."
+        )
 
 
 def _short(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
@@ -146,7 +153,7 @@ def _measure(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob sums [2N], and the gradient of a mix of them with respect to the embedded tokens, per pair in the order
     prompt, chosen, rejected whatever the layout."""
-    device = model.get_input_embeddings().weight.device
+    device = base_model(model).device
     inputs = (flat_inputs if layout == "flat" else padded_inputs)(pairs, pad_token_id)
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     batch = PairBatch.from_inputs(moved)

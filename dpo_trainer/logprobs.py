@@ -28,7 +28,7 @@ METRIC_STATS = frozenset({"entropy", "is_top1", "mean_logit"})
 """Per-token outputs for the log line; they come from the same logits chunk as the log-probs."""
 
 
-def base_model(model: nn.Module) -> PreTrainedModel:
+def base_model(model: Any) -> PreTrainedModel:
     """The transformers model under DDP, DeepSpeed and PEFT."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -74,14 +74,18 @@ class Scorer:
             finally:
                 self._step = None
 
-    def __call__(self, model: nn.Module, batch: PairBatch) -> PairLogps:
-        """Log-probs of `batch` under `model` as it is wrapped now. Differentiable where gradients are on."""
+    def __call__(self, model: nn.Module, batch: PairBatch, *, extras: bool = True) -> PairLogps:
+        """Log-probs of `batch` under `model` as it is wrapped now. Differentiable where gradients are on.
+
+        `extras` False leaves out everything that a reference is not asked for.
+        """
+        stats = self.stats if extras else frozenset()
+        more = {"output_router_logits": True} if extras and self.router_loss else {}
+        score = _score_in_head if self.through_head else _score_logits
         if batch.is_flat and self._step is not None and torch.is_grad_enabled():
             self._step.enter_context(self.attention.installed())
         with self.attention.installed() if batch.is_flat else contextlib.nullcontext():
-            tokens, aux_loss = (_score_in_head if self.through_head else _score_logits)(
-                model, batch, self.stats, {"output_router_logits": True} if self.router_loss else {}
-            )
+            tokens, aux_loss = score(model, batch, stats, more)
         if batch.is_flat:
             self.attention.guard(tokens.logps)
         return PairLogps.from_tokens(tokens, aux_loss)
@@ -146,7 +150,7 @@ def _token_logps(batch: PairBatch, values: dict[str, Tensor]) -> TokenLogps:
         chosen=batch.chosen,
         rejected=batch.rejected,
         lengths=batch.lengths,
-        **values,  # type: ignore[arg-type]
+        **values,
     )
 
 
@@ -166,12 +170,12 @@ def _stats_of(logits: Tensor, targets: Tensor, stats: frozenset[str]) -> dict[st
     out = {"logps": logps}
     with torch.no_grad():
         if stats & {"entropy", "log_sum_sq"}:
-            # log-probs of all tokens, from the target's: log p(v) = logit(v) - (logit(target) - log p(target))
-            shifted = logits - (logits.gather(1, targets[:, None]) - logps[:, None])
-            if "entropy" in stats:
-                out["entropy"] = -(shifted.exp() * shifted).sum(1)
-            if "log_sum_sq" in stats:
-                out["log_sum_sq"] = (2 * shifted).logsumexp(1)
+            probs = logits.softmax(1)
+        if "entropy" in stats:
+            log_normaliser = logits.gather(1, targets[:, None])[:, 0] - logps
+            out["entropy"] = log_normaliser - torch.linalg.vecdot(probs, logits)
+        if "log_sum_sq" in stats:
+            out["log_sum_sq"] = torch.linalg.vecdot(probs, probs).log()
         if "is_top1" in stats:
             out["is_top1"] = (logits.argmax(1) == targets).float()
         if "mean_logit" in stats:

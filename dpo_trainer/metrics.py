@@ -84,7 +84,9 @@ def _aux_loss(parts: StepParts) -> Tensor:
 def per_pair(parts: StepParts) -> dict[str, Tensor]:
     """What `compute_metrics` receives: [N] each."""
     of_reference = {
-        f"ref_logps/{side}": torch.zeros_like(parts.losses) if parts.reference is None else getattr(parts.reference, side)
+        f"ref_logps/{side}": torch.zeros_like(parts.losses)
+        if parts.reference is None
+        else getattr(parts.reference, side)
         for side in ("chosen", "rejected")
     }
     return {
@@ -128,7 +130,9 @@ class MetricSums:
 
         `gather` sums a tensor over ranks. Every rank must call, also one that saw no batch.
         """
-        table = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device) if self.table is None else self.table
+        table = (
+            torch.zeros(len(self.names), 2, dtype=torch.float64, device=device) if self.table is None else self.table
+        )
         tokens = torch.tensor([[self.num_tokens, 0.0]], dtype=torch.float64, device=table.device)
         *rows, (num_tokens, _) = gather(torch.cat([table, tokens])).tolist()
         self.clear()

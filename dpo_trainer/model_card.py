@@ -43,8 +43,10 @@ def write_model_card(trainer: DPOTrainer, folder: Path) -> None:
 
 def _last_lines(history: list[dict]) -> dict[str, dict[str, float]]:
     """The last line of training and the last of each evaluation, metrics only."""
-    lines = {
+    lines: dict[str, dict] = {
         "training": next((line for line in reversed(history) if "loss" in line), {}),
         "evaluation": next((line for line in reversed(history) if any(k.startswith("eval_") for k in line)), {}),
     }
-    return {name: {k: v for k, v in line.items() if isinstance(v, int | float)} for name, line in lines.items() if line}
+    return {
+        name: {k: v for k, v in line.items() if isinstance(v, int | float)} for name, line in lines.items() if line
+    }

@@ -1,6 +1,6 @@
 """DPOTrainer: builds the parts of a run once, and hands each batch from one to the next. No arithmetic here.
 
-    rows -> data/ -> PairBatch -> layout.py -> logprobs.py (policy), reference/ -> losses/ -> metrics.py
+rows -> data/ -> PairBatch -> layout.py -> logprobs.py (policy), reference/ -> losses/ -> metrics.py
 """
 
 from __future__ import annotations
@@ -8,32 +8,34 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from .assembly import Given, assemble, place_reference
 from .batch import PairBatch, pair_weight
 from .config import DPOConfig
 from .data import DataCollatorForPreference, DataReport, check_tokenizer, prepare_dataset
-from .layout import Layout
-from .loading import apply_peft, disable_dropout, load_model, load_tokenizer
-from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
+from .loading import load_tokenizer
+from .logprobs import base_model
 from .losses import Objective
 from .metrics import FallingChosenWarning, FiniteCheck, MetricSums, StepParts, per_pair, step_loss
 from .model_card import write_model_card
-from .reference import choose_reference
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "dpo_state.json"
-EvalDatasets = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 class DPOTrainer(Trainer):
@@ -68,8 +70,8 @@ class DPOTrainer(Trainer):
         ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
-        eval_dataset: EvalDatasets | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -81,19 +83,20 @@ class DPOTrainer(Trainer):
         args = DPOConfig() if args is None else args
         if (model is None) == (model_init is None):
             raise ValueError("Give DPOTrainer either a model or a model_init that makes one.")
-        self.dpo_args, self.peft_config, self.quantization_config = args, peft_config, quantization_config
-        self.given_ref_model = ref_model
+        self.dpo_args = args
+        self.given = Given(
+            args=args, ref_model=ref_model, peft_config=peft_config, quantization_config=quantization_config
+        )
         self.objective = Objective.from_config(args)
         self.model_init = model_init
-        model = self._adopt(model) if model is not None else self.call_model_init()
-
+        start = self.given.policy(model if model is not None else super().call_model_init())
         tokenizer = processing_class or load_tokenizer(
-            base_model(model).config._name_or_path, trust_remote_code=args.trust_remote_code
+            base_model(start).config._name_or_path, trust_remote_code=args.trust_remote_code
         )
         self.pad_token_id = check_tokenizer(tokenizer)
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        model = self._assemble(start)
         self.data_reports: dict[str, DataReport] = {}
-        self._build_layout(model)
         if train_dataset is not None:
             train_dataset = self._prepared(train_dataset, "train")
         if isinstance(eval_dataset, Mapping):
@@ -120,98 +123,28 @@ class DPOTrainer(Trainer):
         has_router = self.objective.router_weight > 0
         self.metric_sums = {mode: MetricSums(aux_loss=has_router) for mode in ("train", "eval")}
         self.finite = FiniteCheck()
+        self.activations = partial(save_on_cpu, pin_memory=True) if args.activation_offloading else nullcontext
         self.falling_chosen = FallingChosenWarning(args.beta, has_reference=self.objective.needs_reference)
         self.num_tokens = 0
         self._logged_at = time.perf_counter()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
-        self._place_reference()
+        place_reference(self.reference, self.accelerator)
 
     # --- the parts, built once ---
 
-    def _adopt(self, model: str | nn.Module) -> nn.Module:
-        """Make `model` the policy: adapters, dropout, and the parts that read it."""
-        args = self.dpo_args
-        if isinstance(model, str):
-            model = load_model(
-                model,
-                model_init_kwargs=args.model_init_kwargs,
-                trust_remote_code=args.trust_remote_code,
-                quantization_config=self.quantization_config,
-            )
-        elif args.model_init_kwargs or self.quantization_config is not None:
-            raise ValueError(
-                "model_init_kwargs and quantization_config are for a model given by name; this one is loaded already: "
-                "pass them to its from_pretrained."
-            )
-        if self.peft_config is not None:
-            quantized = bool(getattr(model, "is_quantized", False))
-            model = apply_peft(
-                model, self.peft_config, quantized=quantized, gradient_checkpointing=args.gradient_checkpointing
-            )
-        if args.model_adapter_name is not None:
-            _activate_adapter(model, args.model_adapter_name)
-        if args.disable_dropout:
-            disable_dropout(model, lora=args.disable_lora_dropout)
-
-        self.objective.router_weight = router_loss_weight(base_model(model), args.router_aux_loss_coef)
-        self.scorer = Scorer(
-            model, stats=METRIC_STATS | self.objective.token_stats, router_loss=self.objective.router_weight > 0
-        )
-        self.reference = choose_reference(
-            model,
-            self._reference_model(),
-            self.scorer,
-            needed=self.objective.needs_reference,
-            reference_free=args.reference_free,
-            fresh_adapter=self.peft_config is not None,
-            ref_adapter_name=args.ref_adapter_name,
-        )
-        logger.warning(f"Reference: {self.reference.description}.")
-        return model
-
-    def _reference_model(self) -> nn.Module | None:
-        given, args = self.given_ref_model, self.dpo_args
-        if isinstance(given, str):
-            given = load_model(
-                given,
-                model_init_kwargs=args.model_init_kwargs,
-                trust_remote_code=args.trust_remote_code,
-                quantization_config=self.quantization_config,
-            )
-        if given is not None and args.disable_dropout:
-            disable_dropout(given, lora=True)
-        return given
+    def _assemble(self, model: nn.Module) -> nn.Module:
+        parts = assemble(model, self.given, self.objective, self.pad_token_id)
+        self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
+        return parts.model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Hyperparameter search makes a new model for each trial: the parts that read the model are made anew too."""
-        rebuilt = hasattr(self, "layout")
-        model = self._adopt(super().call_model_init(trial))
-        if rebuilt:
-            self._build_layout(model)
-            self._place_reference()
+        """Each trial of a hyperparameter search starts from a new model, and from new parts around it."""
+        model = self._assemble(super().call_model_init(trial))
+        place_reference(self.reference, self.accelerator)
         return model
 
-    def _build_layout(self, model: nn.Module) -> None:
-        args = self.dpo_args
-        self.layout = Layout(
-            args.layout,
-            [(self.scorer, model), *((self.reference.scorer, own) for own in self.reference.models)],
-            self.pad_token_id,
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-            reason="the noise of --neftune_noise_alpha depends on the length of a row" if args.neftune_noise_alpha else None,
-        )
-
-    def _place_reference(self) -> None:
-        """A reference of its own goes where the policy is, under the same mixed precision, and is never wrapped for training."""
-        for model in self.reference.models:
-            if self.is_fsdp_enabled or self.accelerator.state.deepspeed_plugin is not None:
-                _refuse_sharding(self.accelerator)
-            self.accelerator.prepare_model(model.to(self.args.device), evaluation_mode=True)
-            # evaluate() before train() prepares the policy only while accelerate knows no model yet.
-            self.accelerator._models.remove(model)
-
-    def _prepared(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    def _prepared(self, dataset: Rows, name: str) -> Rows:
         args = self.dpo_args
         with args.main_process_first(desc=f"preparing the {name} data"):
             dataset, report = prepare_dataset(
@@ -246,12 +179,15 @@ class DPOTrainer(Trainer):
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
         if batch_samples:
             self._unweigh_fillers(batch_samples[-1])
-        return self._sum_over_ranks(sum((pair_weight(batch).sum() for batch in batch_samples), torch.zeros((), device=device)))
+        return self._sum_over_ranks(
+            sum((pair_weight(batch).sum() for batch in batch_samples), torch.zeros((), device=device))
+        )
 
     # --- the step ---
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        with self.scorer.step():  # holds the attention of flat rows in place until backward is over
+        # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
+        with self.scorer.step(), self.activations():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -278,7 +214,9 @@ class DPOTrainer(Trainer):
 
     # --- numbers ---
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    def evaluation_loop(
+        self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs
+    ) -> EvalLoopOutput:
         began = time.perf_counter()
         self.metric_sums["eval"].clear()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -292,7 +230,12 @@ class DPOTrainer(Trainer):
             means, tokens = self.metric_sums["train"].reduce(self._sum_over_ranks, self.args.device)
             now = time.perf_counter()
             self.num_tokens += tokens
-            logs = {**logs, **means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
+            logs = {
+                **logs,
+                **means,
+                "num_tokens": self.num_tokens,
+                "tokens_per_second": tokens / (now - self._logged_at),
+            }
             self._logged_at = now
             self.falling_chosen.look(means, self.state.global_step)
         super().log(logs, start_time)
@@ -331,7 +274,9 @@ class DPOTrainer(Trainer):
             return
         path = Path(checkpoint, STATE_FILE)
         if not path.exists():
-            raise ValueError(f"{checkpoint} has no {STATE_FILE}: it was not written by DPOTrainer, or with save_only_model.")
+            raise ValueError(
+                f"{checkpoint} has no {STATE_FILE}: it was not written by DPOTrainer, or with save_only_model."
+            )
         state = json.loads(path.read_text())
         self.num_tokens = state["num_tokens"]
         self.objective.load_state_dict(state["objective"])
@@ -355,22 +300,3 @@ class _StopOnNonFinite(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.trainer.finite.check(self.trainer._sum_over_ranks, state.global_step + 1)
-
-
-def _activate_adapter(model: nn.Module, name: str) -> None:
-    adapters = list(getattr(model, "peft_config", {}))
-    if name not in adapters:
-        has = f"which has {', '.join(adapters)}" if adapters else "which has none: pass a PeftModel or a peft_config"
-        raise ValueError(f"--model_adapter_name {name!r} is not an adapter of the model, {has}.")
-    model.set_adapter(name)
-
-
-def _refuse_sharding(accelerator: Any) -> None:
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage < 3:
-        return
-    raise ValueError(
-        "A reference model of its own cannot be sharded by FSDP or ZeRO-3 in this version. Train an adapter (peft_config: "
-        "the reference is then the same sharded model with its adapter off), pick a loss without a reference, or use DDP, "
-        "ZeRO-1 or ZeRO-2."
-    )

@@ -23,7 +23,8 @@ def fit(value: Any, hint: Any) -> Any:
             return _converted(value, kind)
         except (TypeError, ValueError):
             continue
-    raise ValueError(f"expected {' or '.join(_name(kind) for kind in kinds)}, got {value!r}")
+    quote = " (quote it if you mean the text)" if isinstance(value, bool) and str in kinds else ""
+    raise ValueError(f"expected {' or '.join(_name(kind) for kind in kinds)}, got {value!r}{quote}")
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -1,7 +1,7 @@
 """TokenizedPair -> PairBatch: the two layouts. Both list the scored tokens; they differ only in where tokens sit.
 
-    flat      one row [1, T]:     prompt | chosen | rejected | prompt | chosen | rejected ...     no padding
-    padded    rows [2N, L]:       prompt chosen padding ... (N chosen rows, then N rejected rows)
+flat      one row [1, T]:     prompt | chosen | rejected | prompt | chosen | rejected ...     no padding
+padded    rows [2N, L]:       prompt chosen padding ... (N chosen rows, then N rejected rows)
 """
 
 from __future__ import annotations

@@ -86,11 +86,8 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, where: Sequence[str]) 
     ids: list[list[list[int]]] = [[]] * len(texts)
     for templated in (False, True):
         at = [index for index, text in enumerate(texts) if text.templated == templated]
-        flat = _encode(
-            tokenizer, [text for index in at for text in texts[index][:3]], add_special_tokens=not templated
-        )
-        for index, start in zip(at, range(0, len(flat), 3), strict=True):
-            ids[index] = flat[start : start + 3]
+        for index, three in zip(at, _encode(tokenizer, [texts[i] for i in at], [where[i] for i in at]), strict=True):
+            ids[index] = three
     return [_pair_ids(*row, tokenizer) for row in zip(pairs, texts, ids, where, strict=True)]
 
 
@@ -134,18 +131,27 @@ def _joined(prompt: list[Message], completion: list[Message]) -> list[Message]:
     ]
 
 
-def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+def _encode(tokenizer: Any, texts: list[_Texts], where: list[str]) -> list[list[list[int]]]:
+    """[3] lists of token ids for each pair; all pairs are templated, or none is."""
     if not texts:
         return []
-    return tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # its warning about long texts comes before ours can cut them
-    )["input_ids"]
+    try:
+        ids = tokenizer(
+            [text for pair in texts for text in pair[:3]],
+            add_special_tokens=not texts[0].templated,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # its warning about long texts comes before ours can cut them
+        )["input_ids"]
+    except Exception as error:  # such as an unknown word without an UNK token, or half of a surrogate pair
+        if len(texts) == 1:
+            raise ValueError(
+                f"{where[0]}: the tokenizer refuses this text: {error}. Mend the text, or leave it out."
+            ) from error
+        return [_encode(tokenizer, [pair], [row])[0] for pair, row in zip(texts, where, strict=True)]
+    return [ids[start : start + 3] for start in range(0, len(ids), 3)]
 
 
 def _pair_ids(pair: Pair, texts: _Texts, ids: list[list[int]], where: str, tokenizer: Any) -> PairIds:

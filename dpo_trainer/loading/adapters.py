@@ -52,9 +52,7 @@ def apply_peft(
 ) -> PeftModel:
     """The model with a fresh adapter, alone trainable and in float32 whatever the base is held in.
 
-    A quantised base is prepared first: frozen, its other weights (norms, embeddings) raised to float32. Switching layer
-    checkpointing on is left to the trainer; with it, the embeddings' output must ask for a gradient, or a reentrant
-    checkpoint would cut the adapter off, as nothing that enters the first layer is trainable.
+    Switching layer checkpointing on is left to the trainer; `gradient_checkpointing` only makes the base ready for it.
     """
     if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -67,10 +65,20 @@ def apply_peft(
         )
     if adapter_name == "train":
         raise ValueError("An adapter cannot be named 'train': PyTorch modules have a method of that name. Rename it.")
-    if quantized:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if gradient_checkpointing:
-        model.enable_input_require_grads()
+    prepare_base(model, quantized=quantized, gradient_checkpointing=gradient_checkpointing)
     peft_config = copy.copy(peft_config)
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
     return get_peft_model(model, peft_config, adapter_name=adapter_name)
+
+
+def prepare_base(model: PreTrainedModel, *, quantized: bool, gradient_checkpointing: bool) -> None:
+    """Make a model ready to stand below an adapter, in place.
+
+    A quantised one is frozen and its other weights (norms, embeddings) are raised to float32. Under layer checkpointing
+    the embeddings' output must ask for a gradient: nothing else that enters the first layer is trainable, and a
+    reentrant checkpoint would cut the adapter off.
+    """
+    if quantized:
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if gradient_checkpointing:
+        model.enable_input_require_grads()

@@ -90,7 +90,12 @@ def load_splits(name_or_path: str, *, config: str | None = None, streaming: bool
 
 
 def _saved_splits(folder: Path, streaming: bool) -> Mapping[str, AnyDataset]:
-    saved = load_from_disk(str(folder))
+    try:
+        saved = load_from_disk(str(folder))
+    except (OSError, ValueError, IndexError) as error:  # IndexError: it was saved without a row
+        raise ValueError(
+            f"The saved dataset {str(folder)!r} is empty or damaged: {error!r}. Save it again."
+        ) from error
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     return {name: rows.to_iterable_dataset() for name, rows in splits.items()} if streaming else splits
 
@@ -139,7 +144,7 @@ def _read_files(reader: str, files: dict[str, list[str]], streaming: bool) -> Ma
         }
     try:
         return load_dataset(reader, data_files=files, streaming=streaming)
-    except (DatasetGenerationError, StopIteration, ValueError) as error:
+    except (DatasetGenerationError, StopIteration, ValueError, OSError, EOFError) as error:
         paths = [path for of_split in files.values() for path in of_split]
         if reader == "json":
             for _ in read_json_rows(paths):  # raises on the broken line

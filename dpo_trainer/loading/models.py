@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..registry import did_you_mean
+from .adapters import prepare_base
 from .names import fetch, listing, local_folder, where
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def load_model(
         )
     except ValueError as error:
         raise ValueError(f"The base model of the adapter {name_or_path!r} did not load: {error}") from error
+    prepare_base(base, quantized=bool(getattr(base, "is_quantized", False)), gradient_checkpointing=True)
     return PeftModel.from_pretrained(base, where(name_or_path), is_trainable=True, revision=revision)
 
 

@@ -148,7 +148,7 @@ class Objective:
         if training:
             chosen, rejected = log_ratios(policy, reference)
             rewards = self.beta * (chosen + rejected).detach() / 2
-            self.shift.update(rewards.where(weight > 0, 0), weight, self.ranks)
+            self.shift.update(rewards, weight, self.ranks)
         return self.shift.to(policy.chosen.device).mean
 
     def _takes(self, argument: str) -> bool:

@@ -24,20 +24,20 @@ class Reference(Protocol):
         `policy` is the model in training as it is wrapped now. None stands for log-probs of 0 (no reference).
         """
 
-    @property
-    def models(self) -> list[nn.Module]:
-        """Models of its own, besides the policy: the trainer places them and checks their layout."""
+    description: str
+    """One line for the log and the model card."""
 
-    @property
-    def description(self) -> str:
-        """One line for the log and the model card."""
+    own: list[tuple[Scorer, nn.Module]]
+    """Models of its own besides the policy, each with its scorer: the trainer places them and checks their layout."""
 
 
 class NoReference:
     """For losses that need none, and for a uniform reference (`reference_free`)."""
 
-    models: list[nn.Module] = []
     description = "none"
+
+    def __init__(self) -> None:
+        self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps | None:
         return None
@@ -50,46 +50,42 @@ class FrozenModel:
         self.model = model.eval().requires_grad_(False)
         self.scorer = scorer
         self.description = description
-
-    @property
-    def models(self) -> list[nn.Module]:
-        return [self.model]
+        self.own = [(scorer, self.model)]
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
         with torch.no_grad():
-            return self.scorer(self.model, batch)
+            return self.scorer(self.model, batch, extras=False)
 
 
 class DisabledAdapter:
     """The policy with its adapter off: one more forward, no more memory."""
 
-    models: list[nn.Module] = []
     description = "the policy with its adapter disabled"
 
     def __init__(self, scorer: Scorer):
         self.scorer = scorer
+        self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
         peft_model: PeftModel = extract_model_from_parallel(policy)
         with torch.no_grad(), evaluation_mode(peft_model), peft_model.disable_adapter():
-            return self.scorer(policy, batch)
+            return self.scorer(policy, batch, extras=False)
 
 
 class NamedAdapter:
     """A second, frozen adapter on the same base model."""
-
-    models: list[nn.Module] = []
 
     def __init__(self, scorer: Scorer, policy_adapter: str, reference_adapter: str, description: str):
         self.scorer = scorer
         self.policy_adapter = policy_adapter
         self.reference_adapter = reference_adapter
         self.description = description
+        self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
         peft_model = extract_model_from_parallel(policy)
         with torch.no_grad(), evaluation_mode(peft_model), self._active(peft_model):
-            return self.scorer(policy, batch)
+            return self.scorer(policy, batch, extras=False)
 
     @contextlib.contextmanager
     def _active(self, model: PeftModel) -> Iterator[None]:

@@ -1,0 +1,134 @@
+"""What is built around a model before it trains: adapters and dropout settled, its scorer, its reference, its layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers.utils import logging
+
+from .config import DPOConfig
+from .layout import Layout
+from .loading import apply_peft, disable_dropout, load_model
+from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
+from .losses import Objective
+from .reference import Reference, choose_reference
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(kw_only=True)
+class Given:
+    """What the user handed over that concerns models; hyperparameter search assembles a new model from it for each trial."""
+
+    args: DPOConfig
+    ref_model: str | nn.Module | None = None
+    peft_config: PeftConfig | None = None
+    quantization_config: Any = None
+
+    def load(self, name_or_path: str) -> nn.Module:
+        return load_model(
+            name_or_path,
+            model_init_kwargs=self.args.model_init_kwargs,  # type: ignore[arg-type]  # JSON is parsed by now
+            trust_remote_code=self.args.trust_remote_code,
+            quantization_config=self.quantization_config,
+        )
+
+    def policy(self, model: str | nn.Module) -> nn.Module:
+        """The model to train, as it was given."""
+        if isinstance(model, str):
+            return self.load(model)
+        if self.args.model_init_kwargs or self.quantization_config is not None:
+            raise ValueError(
+                "model_init_kwargs and quantization_config are for a model given by name; this one is loaded already: "
+                "pass them to its from_pretrained."
+            )
+        return model
+
+    def reference(self) -> nn.Module | None:
+        return self.load(self.ref_model) if isinstance(self.ref_model, str) else self.ref_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A model ready to train, and what reads it."""
+
+    model: nn.Module
+    scorer: Scorer
+    reference: Reference
+    layout: Layout
+
+
+def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id: int) -> Assembly:
+    """Make `model` the policy. The reference is what the model is *now*, so nothing may train before this.
+
+    Sets `objective.router_weight`, which only the model can tell.
+    """
+    args, ref_model = given.args, given.reference()
+    if given.peft_config is not None:
+        model = apply_peft(
+            model,
+            given.peft_config,
+            quantized=bool(getattr(model, "is_quantized", False)),
+            gradient_checkpointing=bool(args.gradient_checkpointing),
+        )
+    if args.model_adapter_name is not None:
+        _activate_adapter(model, args.model_adapter_name)
+    if args.disable_dropout:
+        disable_dropout(model, lora=args.disable_lora_dropout)
+        if ref_model is not None:
+            disable_dropout(ref_model, lora=True)
+
+    objective.router_weight = router_loss_weight(base_model(model), args.router_aux_loss_coef)
+    scorer = Scorer(model, stats=METRIC_STATS | objective.token_stats, router_loss=objective.router_weight > 0)
+    reference = choose_reference(
+        model,
+        ref_model,
+        scorer,
+        needed=objective.needs_reference,
+        reference_free=args.reference_free,
+        fresh_adapter=given.peft_config is not None,
+        ref_adapter_name=args.ref_adapter_name,
+    )
+    logger.warning(f"Reference: {reference.description}.")
+    layout = Layout(
+        args.layout,
+        [(scorer, model), *reference.own],
+        pad_token_id,
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        reason="the noise of --neftune_noise_alpha depends on the length of a row"
+        if args.neftune_noise_alpha
+        else None,
+    )
+    return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
+
+
+def _activate_adapter(model: Any, name: str) -> None:
+    adapters = list(getattr(model, "peft_config", {}))
+    if name not in adapters:
+        has = f"which has {', '.join(adapters)}" if adapters else "which has none: pass a PeftModel or a peft_config"
+        raise ValueError(f"--model_adapter_name {name!r} is not an adapter of the model, {has}.")
+    model.set_adapter(name)
+
+
+def place_reference(reference: Reference, accelerator: Any) -> None:
+    """A reference model of its own goes where the policy is, under the same mixed precision, never wrapped for training.
+
+    Raises:
+        ValueError: under FSDP and ZeRO-3, which would have to shard it.
+    """
+    zero = accelerator.state.deepspeed_plugin
+    sharded = accelerator.distributed_type == "FSDP" or (zero is not None and zero.zero_stage == 3)
+    for _, model in reference.own:
+        if sharded:
+            raise ValueError(
+                "A reference model of its own cannot be sharded by FSDP or ZeRO-3 in this version. Train an adapter "
+                "(peft_config: the reference is then the same sharded model with its adapter off), pick a loss without a "
+                "reference, or use DDP, ZeRO-1 or ZeRO-2."
+            )
+        accelerator.prepare_model(model.to(accelerator.device), evaluation_mode=True)
+        # evaluate() before train() prepares the policy only while accelerate knows of no model yet.
+        accelerator._models.remove(model)
