@@ -244,7 +244,8 @@ class DPOConfig(TrainingArguments):
     def _check_choices(self) -> None:
         for option in fields(self):
             allowed, value = option.metadata.get("choices"), getattr(self, option.name)
-            if allowed and value is not None and value not in allowed:
+            unset = value is None and option.default is None
+            if allowed and not unset and value not in allowed:
                 raise ValueError(
                     f"--{option.name} {value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
                 )

@@ -109,9 +109,15 @@ def step_loss(losses: Tensor, weight: Tensor, weight_of_step: Tensor | None, ran
 
 
 class MetricSums:
-    """Sums since the last log line. `add` launches a few kernels and waits for nothing."""
+    """Sums since the last log line. `add` launches a few kernels and waits for nothing.
 
-    def __init__(self, *, aux_loss: bool):
+    Args:
+        aux_loss: whether the model has a load-balancing loss to report.
+        also: somebody else who looks at every micro-batch.
+    """
+
+    def __init__(self, *, aux_loss: bool, also: Callable[[StepParts], None] = lambda parts: None):
+        self.also = also
         self.names = [name for name in METRICS if aux_loss or name != "aux_loss"]
         self.clear()
 
@@ -124,6 +130,7 @@ class MetricSums:
         table = torch.stack([METRICS[name](parts) for name in self.names]).double()
         self.table = table if self.table is None else self.table + table
         self.num_tokens += parts.batch.num_tokens
+        self.also(parts)
 
     def reduce(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> tuple[dict[str, float], int]:
         """(means over all pairs since the last call, tokens computed since then), on all ranks: one collective, one wait.
@@ -171,8 +178,8 @@ class FiniteCheck:
     def __init__(self) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def watch(self, example_ids: Tensor, losses: Tensor) -> None:
-        self.seen.append((example_ids, losses.detach()))
+    def watch(self, parts: StepParts) -> None:
+        self.seen.append((parts.batch.example_ids, parts.losses.detach()))
 
     def check(self, gather: Callable[[Tensor], Tensor], step: int) -> None:
         """Raise on all ranks when any pair of the step had a non-finite loss, naming step and `example_ids`."""

@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 def write_model_card(trainer: DPOTrainer, folder: Path) -> None:
     """README.md in `folder`, over the plain one that transformers or peft wrote there."""
-    args = trainer.dpo_args
+    args = trainer.args
     start = base_model(trainer.model).config._name_or_path
     is_hub_id = bool(start) and not Path(start).exists()
     card = ModelCard.from_template(

@@ -83,7 +83,8 @@ class DPOTrainer(Trainer):
         args = DPOConfig() if args is None else args
         if (model is None) == (model_init is None):
             raise ValueError("Give DPOTrainer either a model or a model_init that makes one.")
-        self.dpo_args = args
+        # Read before Trainer.__init__ sets it as well.
+        self.args = args
         self.given = Given(
             args=args, ref_model=ref_model, peft_config=peft_config, quantization_config=quantization_config
         )
@@ -94,7 +95,7 @@ class DPOTrainer(Trainer):
             base_model(start).config._name_or_path, trust_remote_code=args.trust_remote_code
         )
         self.pad_token_id = check_tokenizer(tokenizer)
-        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         model = self._assemble(start)
         self.data_reports: dict[str, DataReport] = {}
         if train_dataset is not None:
@@ -121,8 +122,11 @@ class DPOTrainer(Trainer):
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         has_router = self.objective.router_weight > 0
-        self.metric_sums = {mode: MetricSums(aux_loss=has_router) for mode in ("train", "eval")}
         self.finite = FiniteCheck()
+        self.metrics = {
+            "train": MetricSums(aux_loss=has_router, also=self.finite.watch),
+            "eval": MetricSums(aux_loss=has_router),
+        }
         self.activations = partial(save_on_cpu, pin_memory=True) if args.activation_offloading else nullcontext
         self.falling_chosen = FallingChosenWarning(args.beta, has_reference=self.objective.needs_reference)
         self.num_tokens = 0
@@ -145,11 +149,11 @@ class DPOTrainer(Trainer):
         return model
 
     def _prepared(self, dataset: Rows, name: str) -> Rows:
-        args = self.dpo_args
+        args = self.args
         with args.main_process_first(desc=f"preparing the {name} data"):
             dataset, report = prepare_dataset(
                 dataset,
-                self.tokenizer,
+                self._tokenizer,
                 max_length=args.max_length,
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
@@ -168,7 +172,7 @@ class DPOTrainer(Trainer):
         self._signature_columns = ["example_id", "prompt_ids", "chosen_ids", "rejected_ids", "weight", "length"]
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
-        if isinstance(eval_dataset, Dataset | IterableDataset):
+        if isinstance(eval_dataset, Dataset | IterableDataset) and eval_dataset is not self.eval_dataset:
             eval_dataset = self._prepared(eval_dataset, "eval")
         return super().get_eval_dataloader(eval_dataset)
 
@@ -198,10 +202,8 @@ class DPOTrainer(Trainer):
         policy = self.scorer(model, batch)  # logprobs.py
         reference = self.reference.logps(model, batch)  # reference/
         losses = self.objective(policy, reference, training=model.training, weight=batch.weight).total  # losses/  [N]
-        parts = StepParts(batch=batch, policy=policy, reference=reference, losses=losses, beta=self.dpo_args.beta)
-        self.metric_sums["train" if model.training else "eval"].add(parts)  # metrics.py
-        if model.training:
-            self.finite.watch(batch.example_ids, losses)
+        parts = StepParts(batch=batch, policy=policy, reference=reference, losses=losses, beta=self.args.beta)
+        self.metrics["train" if model.training else "eval"].add(parts)  # metrics.py
         loss = step_loss(losses, batch.weight, num_items_in_batch, self.accelerator.num_processes)
         return (loss, per_pair(parts)) if return_outputs else loss
 
@@ -218,16 +220,16 @@ class DPOTrainer(Trainer):
         self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs
     ) -> EvalLoopOutput:
         began = time.perf_counter()
-        self.metric_sums["eval"].clear()
+        self.metrics["eval"].clear()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means, _ = self.metric_sums["eval"].reduce(self._sum_over_ranks, self.args.device)
+        means, _ = self.metrics["eval"].reduce(self._sum_over_ranks, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._logged_at += time.perf_counter() - began  # tokens_per_second is about training
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a line of training; evaluation brings its own means
-            means, tokens = self.metric_sums["train"].reduce(self._sum_over_ranks, self.args.device)
+            means, tokens = self.metrics["train"].reduce(self._sum_over_ranks, self.args.device)
             now = time.perf_counter()
             self.num_tokens += tokens
             logs = {
@@ -252,7 +254,8 @@ class DPOTrainer(Trainer):
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return
         weight = pair_weight(inputs)
-        before = self.accelerator.process_index * self.accelerator.gradient_state.active_dataloader.batch_size
+        rows_per_rank = state.active_dataloader.total_batch_size // self.accelerator.num_processes
+        before = self.accelerator.process_index * rows_per_rank
         real = torch.arange(len(weight), device=weight.device) + before < state.remainder
         inputs["weight"] = weight * real
 

@@ -72,13 +72,13 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 class Answer:
     """What the oracle found, in the order of `sequences`."""
 
-    tokens: list[Tensor]  # [completion tokens] each, float64
+    tokens: list[Tensor]  # [completion tokens] each
     gradients: dict[str, Tensor]  # of `mix` of the sums
 
     @property
     def sums(self) -> Tensor:
-        """[2N]"""
-        return torch.stack([t.sum() for t in self.tokens])
+        """[2N] float64 (a model that returns float32 logits, whatever it computes in, costs 1e-6 nats)."""
+        return torch.stack([t.double().sum() for t in self.tokens])
 
 
 def answer(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Answer:

@@ -139,6 +139,7 @@ REFUSALS = [
     ({"ipo_normalization": "word"}, "--ipo_normalization 'word' is not one of token, sequence", "token"),
     ({"cpo_alpha": -1.0, "loss_type": "cpo"}, "--cpo_alpha must be at least 0, got -1.0", "switches"),
     ({"dpop_lambda": -1.0, "loss_type": "dpop"}, "--dpop_lambda must be at least 0, got -1.0", "plain DPO"),
+    ({"chi_po_reward_bound": 0.0, "loss_type": "chi_po"}, "--chi_po_reward_bound must be above 0, got 0.0", "no clip"),
     ({"precompute_ref_log_probs": True}, "--precompute_ref_log_probs is not available", "leave it off"),
     ({"sync_ref_model": True}, "--sync_ref_model is not available", "leave it off"),
     ({"max_length": 1}, "--max_length must be an integer of at least 2, or None, got 1", "None"),
@@ -146,15 +147,18 @@ REFUSALS = [
     ({"max_prompt_length": 0}, "--max_prompt_length must be an integer of at least 1, or None, got 0", "None"),
     ({"max_completion_length": 0}, "--max_completion_length must be an integer of at least 1, or None, got 0", "None"),
     ({"dataset_num_proc": 0}, "--dataset_num_proc must be an integer of at least 1, or None, got 0", "None"),
+    ({"pad_to_multiple_of": True}, "--pad_to_multiple_of must be an integer of at least 1, or None, got True", "None"),
     ({"pad_to_multiple_of": 0}, "--pad_to_multiple_of must be an integer of at least 1, or None, got 0", "None"),
     ({"max_length": 9, "max_prompt_length": 9}, "--max_prompt_length 9 leaves no room", "raise --max_length"),
     ({"truncation_mode": "keep_middle"}, "--truncation_mode 'keep_middle' is not one of keep_start, keep_end", "keep"),
     ({"useless_pairs": "keep"}, "--useless_pairs 'keep' is not one of drop, error", "drop"),
+    ({"layout": None}, "--layout None is not one of auto, flat, padded", "auto"),
     ({"layout": "falt"}, "--layout 'falt' is not one of auto, flat, padded", "Did you mean 'flat'"),
-    ({"router_aux_loss_coef": -0.1}, "--router_aux_loss_coef must be at least 0, got -0.1", "at least 0"),
-    ({"router_aux_loss_coef": "1e-3"}, "--router_aux_loss_coef must be", "1e-3"),
+    ({"router_aux_loss_coef": -0.1}, "--router_aux_loss_coef must be a number of at least 0, got -0.1", "at least 0"),
+    ({"router_aux_loss_coef": "1e-3"}, "--router_aux_loss_coef must be a number of at least 0, got '1e-3'", "at least 0"),
     ({"activation_offloading": True}, "--activation_offloading", "leave it off"),
     ({"use_liger_kernel": True}, "--use_liger_kernel needs a GPU", "leave it off"),
+    ({"torch_compile": True}, "--torch_compile is not available", "Leave it off"),
     ({"logging_nan_inf_filter": True}, "--logging_nan_inf_filter", "leave it off"),
     ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1", "--label_smoothing"),
     ({"accelerator_config": {"split_batches": True}}, "--accelerator_config split_batches=True", "leave it off"),
@@ -173,7 +177,7 @@ def test_refusal_names_flag_value_and_way_out(options, what, way_out):
 def test_several_gpus_in_one_process_are_refused(monkeypatch):
     """`nn.DataParallel` would scatter the flat row."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match=r"2 GPUs are visible .* accelerate launch"):
+    with pytest.raises(ValueError, match=r"2 GPUs are visible .*accelerate launch"):
         make()
 
 
@@ -190,7 +194,8 @@ def test_what_is_refused_alone_is_allowed_where_it_is_used():
 
 
 def test_every_bounded_option_is_refused_somewhere_above():
-    bounded = {f.name for f in dataclasses.fields(DPOConfig) if f.metadata.get("choices") or f.metadata.get("allowed")}
+    bounded = {f.name for f in dataclasses.fields(DPOConfig) if f.name in OWN and f.metadata.get("choices")}
+    assert {"layout", "truncation_mode"} <= bounded
     tested = {name for options, *_ in REFUSALS for name in options}
     assert bounded | REFUSED <= tested
     numbers = {f.name for f in dataclasses.fields(DPOConfig) if f.name in OWN and f.type in NUMBER_TYPES}
@@ -273,6 +278,7 @@ ROUND_TRIP = {
     "ipo_normalization": ("sequence", {"loss_type": "ipo"}),
     "cpo_alpha": (0.5, {"loss_type": "cpo"}),
     "dpop_lambda": (5.0, {"loss_type": "dpop"}),
+    "chi_po_reward_bound": (2.0, {"loss_type": "chi_po"}),
     "reference_free": True,
     "model_adapter_name": "mine",
     "ref_adapter_name": "theirs",

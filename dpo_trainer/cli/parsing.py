@@ -58,7 +58,6 @@ class OptionParser(HfArgumentParser):
         option = names[0].lstrip("-").removeprefix("no_")
         if option not in DPOConfig.__dataclass_fields__:
             return super().add_argument(*names, **kwargs)
-        kwargs.pop("choices", None)  # `config.choices`: checked by the config itself
         if kwargs.get("type") is string_to_bool:  # so that `--flag` means `--flag true` for `bool | None` too
             kwargs |= {"nargs": "?", "const": True}
         if get_origin(kwargs.get("type")) is dict:

@@ -70,7 +70,7 @@ def _word_boundary(chosen: str, rejected: str, shared: int) -> int:
 def _inside_word(text: str, at: int) -> bool:
     """Whether a cut before `text[at]` would part letters, or a sign from what it modifies."""
     before, after = text[at - 1], text[at]
-    return _modifies(after) or (_is_word(before) and _is_word(after))
+    return _modifies(after) or before == ZERO_WIDTH_JOINER or (_is_word(before) and _is_word(after))
 
 
 def _is_word(char: str) -> bool:

@@ -151,7 +151,7 @@ def _read_files(reader: str, files: dict[str, list[str]], streaming: bool) -> Ma
                 pass
         raise ValueError(
             f"{', '.join(paths)} cannot be read as {reader}: {error.__cause__ or error or 'it has no rows'}. "
-            "Every row needs the same columns, each of one type."
+            "It needs at least one row, and the same columns in every row."
         ) from error
 
 
