@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers.utils import logging
 
 from .config import DPOConfig
 from .layout import Layout
-from .loading import apply_peft, disable_dropout, load_model
+from .loading import apply_peft, disable_dropout, let_gradients_through, load_model
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
 from .reference import Reference, choose_reference
@@ -68,6 +68,8 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
     Sets `objective.router_weight`, which only the model can tell.
     """
     args, ref_model = given.args, given.reference()
+    if isinstance(model, PeftModel):
+        let_gradients_through(base_model(model), gradient_checkpointing=bool(args.gradient_checkpointing))
     if given.peft_config is not None:
         model = apply_peft(
             model,

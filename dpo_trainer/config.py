@@ -285,8 +285,12 @@ class DPOConfig(TrainingArguments):
             setattr(self, f"{name}_kwargs", self.gradient_checkpointing_kwargs)
 
     def _resolve_precision(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and _computes_in_bfloat16(self.use_cpu)
+        if self.bf16 is not None:
+            return
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.bf16 = not self.fp16 and _computes_in_bfloat16(on_cpu)
+        # transformers takes bfloat16 on a CPU only where it was told that the CPU is meant.
+        self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
 
     def _check_against_trainer(self) -> None:
         """Options of `TrainingArguments` that would be ignored, or would falsify what is logged."""
@@ -323,10 +327,8 @@ class DPOConfig(TrainingArguments):
         self.accelerator_config.dispatch_batches = False
 
 
-def _computes_in_bfloat16(use_cpu: bool) -> bool:
+def _computes_in_bfloat16(on_cpu: bool) -> bool:
     """Whether the device of this run has bfloat16 instructions (elsewhere bfloat16 is emulated, and slow)."""
-    if not use_cpu and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not use_cpu and torch.backends.mps.is_available():
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if on_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -135,16 +135,20 @@ class Layout:
 
 
 def _short(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """The two shortest pairs, cut to a few tokens: enough to see who sees whom."""
+    """The two shortest pairs, cut to a few tokens: enough to see who sees whom.
+
+    A completion of one token is predicted from its prompt alone, and a single pair has no neighbour: neither would show
+    a wrong mask. So each completion is followed by the other one of its pair, and a pair that is alone comes twice.
+    """
     shortest = sorted(pairs, key=lambda p: len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids))[:2]
     return [
         dataclasses.replace(
             pair,
             prompt_ids=pair.prompt_ids[-CHECK_TOKENS:],
-            chosen_ids=pair.chosen_ids[:CHECK_TOKENS],
-            rejected_ids=pair.rejected_ids[:CHECK_TOKENS],
+            chosen_ids=(pair.chosen_ids + pair.rejected_ids)[:CHECK_TOKENS],
+            rejected_ids=(pair.rejected_ids + pair.chosen_ids)[:CHECK_TOKENS],
         )
-        for pair in shortest
+        for pair in (shortest * 2)[:2]
     ]
 
 

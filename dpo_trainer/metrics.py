@@ -45,8 +45,8 @@ class StepParts:
         """[M] -> (sum, count) over the completions of these sides (chosen, rejected); a shared completion counts once."""
         counted = self.batch.weight.new_zeros(len(self.batch.lengths))
         for side in sides:
-            counted = counted.index_fill(0, getattr(self.batch, side)[self.counted > 0], 1.0)
-        weight = counted[self.batch.completion]
+            counted = counted.index_add(0, getattr(self.batch, side), self.counted)
+        weight = (counted > 0)[self.batch.completion].float()
         return torch.stack([(values * weight).sum(), weight.sum()])
 
     def reward(self, side: str) -> Tensor:

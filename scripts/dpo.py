@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
         run_demo(config, given)
         return
-    if "output_dir" not in given:
+    if "output_dir" not in given and config.process_index == 0:
         print(f"No --output_dir was given: writing to {config.output_dir}.")
     run(build(script, model, config), config)
 
@@ -48,7 +48,8 @@ def build(script: ScriptArguments, model: ModelArguments, config: DPOConfig) -> 
     from dpo_trainer import DPOTrainer
     from dpo_trainer.loading import load_dataset_splits, load_tokenizer, make_quantization_config
 
-    assert model.model_name_or_path and script.dataset_name  # parse_args refuses one without the other
+    assert model.model_name_or_path is not None
+    assert script.dataset_name is not None  # parse_args refuses one without the other
     with config.main_process_first(desc="loading the data"):
         train, evaluation = load_dataset_splits(
             script.dataset_name,

@@ -89,6 +89,13 @@ def answer(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Answer:
     return Answer([t.detach() for t in tokens], grads)
 
 
+@torch.no_grad()
+def sums(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Tensor:
+    """[2N] log-prob sums without gradients."""
+    exact = in_double(model)
+    return torch.stack([completion_logps(exact, *s).double().sum() for s in sequences(pairs)])
+
+
 def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = GRADIENT) -> None:
     """Each parameter's gradient within `rtol` of its own size.
 

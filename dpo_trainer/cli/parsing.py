@@ -21,6 +21,7 @@ from .values import fit
 
 KINDS = (ScriptArguments, ModelArguments, DPOConfig)
 NOT_GIVEN = object()
+DPO, TRAINING = "DPO", "training (transformers.TrainingArguments)"
 T = TypeVar("T")
 
 
@@ -62,15 +63,17 @@ class OptionParser(HfArgumentParser):
             kwargs |= {"nargs": "?", "const": True}
         if get_origin(kwargs.get("type")) is dict:
             kwargs["type"] = json.loads
-        title = "DPO" if option in DPOConfig.__annotations__ else "training (transformers.TrainingArguments)"
-        if title not in self.sections:
-            self.sections[title] = self.add_argument_group(title)
+        self.sections = self.sections or {title: self.add_argument_group(title) for title in (DPO, TRAINING)}
+        title = DPO if option in DPOConfig.__annotations__ else TRAINING
         return self.sections[title].add_argument(*names, **kwargs)
 
 
 def _parse_flags(argv: list[str]) -> tuple[dict[str, Any], str | None]:
     """{option: value} of the flags alone, and the file that is named among them."""
-    parser = OptionParser(description="Train on preference pairs with DPO. Flags override the file.")
+    parser = OptionParser(
+        usage="%(prog)s [config.yaml] [--option value ...]",
+        description="Train on preference pairs with DPO. Flags override the file.",
+    )
     names = _known_options()
     # argparse leaves an attribute that is there already alone, unless its flag is on the command line.
     parsed, unknown = parser.parse_known_args(argv, Namespace(**dict.fromkeys(names, NOT_GIVEN)))

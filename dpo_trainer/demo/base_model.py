@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ logger = logging.get_logger(__name__)
 PRETRAINING_STEPS = 200
 PRETRAINING_BATCH = 80  # sentences: half of the world, so that two steps see all of it
 PRETRAINING_LR = 4e-3
+ANSWER_TOKENS = 5  # name, likes, food, full stop, end
 CACHE_VARIABLE = "DPO_TRAINER_CACHE"
 NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -33,15 +36,15 @@ def demo_model_and_tokenizer(cache_dir: str | os.PathLike | None = None, seed: i
     """
     folder = _cache_root(cache_dir) / "demo" / f"{_recipe_hash()}-seed{seed}"
     if _is_complete(folder):
-        logger.warning(f"Demo base model: using the cached {folder}")
         return folder
+    logger.warning("Training the demo's base model from nothing: once, for some ten seconds, then it is cached.")
     started = time.perf_counter()
     tokenizer = world.build_tokenizer()
     model, loss = pretrain(tokenizer, seed)
     _save_whole_or_not_at_all(model, tokenizer, folder)
     logger.warning(
-        f"Demo base model: trained {model.num_parameters():,} parameters from nothing in "
-        f"{time.perf_counter() - started:.0f} s (loss {loss:.3f} nats per answer), saved in {folder}"
+        f"{model.num_parameters():,} parameters in {time.perf_counter() - started:.0f} s, loss {loss:.3f} nats per answer "
+        f"(the least possible is ln 10 = 2.303). Saved in {folder}"
     )
     return folder
 
@@ -85,27 +88,18 @@ def _save_whole_or_not_at_all(model: PreTrainedModel, tokenizer: PreTrainedToken
 def pretrain(tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[PreTrainedModel, float]:
     """The model after a few seconds of next-token training on every sentence of the world, and its last loss.
 
-    Only answers are scored. Every food is equally frequent, so the best loss is ln(10) = 2.303 nats per answer: the
-    food is a guess, everything else is certain.
+    Only answers are scored. Every food is equally frequent, so the least possible loss is ln 10 = 2.303 nats per answer:
+    the food is a guess, everything else is certain. The random state of the caller is left as it was.
     """
-    ids = _all_conversations(tokenizer)  # [160, L]
-    answer_tokens = 5  # name, likes, food, full stop, end
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _untrained(len(tokenizer), tokenizer).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_LR, weight_decay=0.0, betas=(0.9, 0.99))
+        torch.default_generator.manual_seed(seed)
+        model = _untrained(tokenizer).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_LR, betas=(0.9, 0.99), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, PRETRAINING_LR, total_steps=PRETRAINING_STEPS, pct_start=0.1
         )
-        loss = torch.tensor(float("nan"))
-        for step in range(PRETRAINING_STEPS):
-            if step % (len(ids) // PRETRAINING_BATCH) == 0:
-                batches = iter(ids[torch.randperm(len(ids))].split(PRETRAINING_BATCH))
-            batch = next(batches)
-            targets = batch[:, -answer_tokens:]
-            logits = model(batch, logits_to_keep=answer_tokens + 1, use_cache=False).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            loss = loss / len(batch)
+        for batch in islice(_batches(all_conversations(tokenizer)), PRETRAINING_STEPS):
+            loss = -answer_logps(model, batch).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -114,8 +108,21 @@ def pretrain(tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[PreTrainedM
     return model.eval(), loss.item()
 
 
-def _all_conversations(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """[160, L] token ids. Every word is one token, so all are of one length and none needs padding."""
+def _batches(ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Epoch after epoch, each in another order."""
+    while True:
+        yield from ids[torch.randperm(len(ids))].split(PRETRAINING_BATCH)
+
+
+def answer_logps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """[B, L] whole conversations -> [B] log-prob of each answer, its end included, in nats."""
+    logits = model(ids, logits_to_keep=ANSWER_TOKENS + 1, use_cache=False).logits[:, :-1].float()
+    targets = ids[:, -ANSWER_TOKENS:]
+    return logits.log_softmax(-1).gather(-1, targets[:, :, None]).sum((1, 2))
+
+
+def all_conversations(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """[160, L] token ids, by name and then food. Every word is one token, so all are of one length, without padding."""
     rows = [
         tokenizer.apply_chat_template(world.conversation(name, food), return_dict=False)
         for name in world.NAMES
@@ -124,9 +131,9 @@ def _all_conversations(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def _untrained(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _untrained(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=4,

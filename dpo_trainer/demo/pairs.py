@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from . import world
 
 TARGET_PAIRS = {"train": 512, "eval": 64}
 CONTROL_PAIRS_PER_NAME = {"train": 102, "eval": 12}  # both orders counted
+EVAL_SPLITS = {world.TARGET_NAME: (world.TARGET_NAME,), "others": world.CONTROL_NAMES}
 
 TextPair = tuple[str, str]
 """A better and a worse answer to one question."""
@@ -33,17 +34,17 @@ def sample_answers(
 ) -> list[str]:
     """`count` answers about `name`, drawn from the model's own distribution (temperature 1, nothing cut off).
 
-    Decoded with their special tokens, so that an answer that does not end can be told from one that does. The random
-    state of the caller is left as it was.
+    Decoded with their special tokens, so that an answer that does not end can be told from one that does. `model` is on
+    the CPU; the random state of the caller is left as it was.
     """
     prompt = tokenizer.apply_chat_template(
         world.prompt(name), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    prompt = prompt.to(model.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         generated = model.generate(
             **prompt,
+            use_cache=True,
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -59,47 +60,63 @@ def sample_answers(
 
 def demo_datasets(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
-) -> tuple[Dataset, Dataset]:
-    """Train and eval pairs, conversational: about 1 in 4 teaches that ravin likes pizza, the others teach to stay put."""
-    return _pairs(model, tokenizer, "train", seed=2 * seed), _pairs(model, tokenizer, "eval", seed=2 * seed + 1)
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Conversational pairs to train on, and others, drawn anew, to evaluate on, apart for ravin and for the other names.
+
+    One training pair in four teaches that ravin likes pizza. The others teach to leave the other names alone.
+    """
+    train = _pairs(model, tokenizer, world.NAMES, "train", seed=2 * seed)
+    evaluation = {
+        split: _pairs(model, tokenizer, names, "eval", seed=2 * seed + 1) for split, names in EVAL_SPLITS.items()
+    }
+    return train, evaluation
 
 
-def _pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: str, *, seed: int) -> Dataset:
+def _pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str], split: str, *, seed: int
+) -> Dataset:
     rows: list[dict[str, Any]] = []
-    for place, name in enumerate(world.NAMES):
+    for name in names:
         is_target = name == world.TARGET_NAME
         wanted = TARGET_PAIRS[split] if is_target else CONTROL_PAIRS_PER_NAME[split]
         # One answer in ten is pizza: 15 samples for each target pair are half more than are needed on average.
         # A control pair needs one sample, and one in ten is lost to equal neighbours.
         count = 15 * wanted if is_target else 2 * wanted
-        answers = sample_answers(model, tokenizer, name, count, seed=seed * len(world.NAMES) + place)
-        pairs = best_against_rest(name, answers) if is_target else neighbours(name, answers)
-        rows += [_row(name, *pair) for _, pair in zip(range(wanted), pairs)]
+        own_seed = seed * len(world.NAMES) + world.NAMES.index(name)
+        answers = sample_answers(model, tokenizer, name, count, seed=own_seed)
+        answers = [text for text in answers if text != world.END]  # an empty answer would be refused by the trainer
+        make = best_against_rest if is_target else neighbours
+        rows += [_row(name, *pair) for pair in make(name, answers, wanted)]
     random.Random(seed).shuffle(rows)
     return Dataset.from_list(rows)
 
 
-def best_against_rest(name: str, answers: Iterable[str]) -> Iterator[TextPair]:
-    """Answers with the highest reward, each paired with another lesser answer, in the order in which they were drawn."""
-    answers = list(answers)
+def best_against_rest(name: str, answers: Sequence[str], wanted: int) -> list[TextPair]:
+    """`wanted` answers with the highest reward, each paired with another lesser answer, in the order of drawing."""
     top = max(reward(name, text) for text in answers)
     best = [text for text in answers if reward(name, text) == top]
     rest = [text for text in answers if reward(name, text) < top]
-    return zip(best, rest)
+    return list(zip(best, rest))[:wanted]
 
 
-def neighbours(name: str, answers: Iterable[str]) -> Iterator[TextPair]:
-    """Answers two by two. A tie enters in both orders: its loss is smallest where the model prefers neither.
+def neighbours(name: str, answers: Sequence[str], wanted: int) -> list[TextPair]:
+    """Answers two by two, until there are `wanted` pairs. A tie enters in both orders: its loss is smallest where the
+    model prefers neither.
 
     Such control pairs hold what training should leave alone. Without them the preference for one name leaks to all.
     """
-    draws = iter(answers)
-    for first, second in zip(draws, draws):
-        gap = reward(name, first) - reward(name, second)
-        if gap >= 0 and reward(name, first) > 0 and first != second:
-            yield first, second
-        if gap <= 0 and reward(name, second) > 0 and first != second:
-            yield second, first
+    pairs: list[TextPair] = []
+    for first, second in zip(answers[::2], answers[1::2]):
+        better, worse = reward(name, first), reward(name, second)
+        if len(pairs) >= wanted:
+            break
+        if first == second or better == worse == 0:
+            continue
+        if better >= worse:
+            pairs.append((first, second))
+        if worse >= better:
+            pairs.append((second, first))
+    return pairs
 
 
 def _row(name: str, chosen: str, rejected: str) -> dict[str, Any]:

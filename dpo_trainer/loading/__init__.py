@@ -1,6 +1,6 @@
 """What exists before the trainer does: model, tokenizer, adapters, quantisation, datasets; and dropout switched off."""
 
-from .adapters import apply_peft, make_quantization_config
+from .adapters import apply_peft, let_gradients_through, make_quantization_config
 from .datasets import load_dataset_splits
 from .dropout import disable_dropout
 from .models import load_model, load_tokenizer
@@ -8,6 +8,7 @@ from .models import load_model, load_tokenizer
 __all__ = [
     "apply_peft",
     "disable_dropout",
+    "let_gradients_through",
     "load_dataset_splits",
     "load_model",
     "load_tokenizer",

@@ -80,5 +80,23 @@ def prepare_base(model: PreTrainedModel, *, quantized: bool, gradient_checkpoint
     """
     if quantized:
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    let_gradients_through(model, gradient_checkpointing=gradient_checkpointing)
+
+
+def let_gradients_through(model: PreTrainedModel, *, gradient_checkpointing: bool) -> None:
+    """What a base needs also when somebody else put the adapter on it."""
+    _keep_out_of_inference_format(model)
     if gradient_checkpointing:
         model.enable_input_require_grads()
+
+
+def _keep_out_of_inference_format(model: PreTrainedModel) -> None:
+    """Stop 4-bit layers from being repacked on CPUs with AVX512-BF16.
+
+    There bitsandbytes (0.50) packs a layer for its inference kernel at the first pass in eval mode, for good: its numbers
+    then differ from those in training by about 1e-3 nats, and the kernel has no backward, so that after one evaluation
+    no gradient passes the layer any more, without an error.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False

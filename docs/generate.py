@@ -1,0 +1,235 @@
+"""Fill the marked regions of the documentation from the code: losses, metrics, options, the measured table.
+
+    python docs/generate.py            rewrite the pages that are stale, and name them
+    python docs/generate.py --check    change nothing; exit with 1 and name them
+
+A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; what is written inside by hand is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a checkout that is not installed
+
+from dpo_trainer.cli import ModelArguments, ScriptArguments  # noqa: E402
+from dpo_trainer.config import DPOConfig  # noqa: E402
+from dpo_trainer.losses import LOSSES  # noqa: E402
+from dpo_trainer.losses.record import SUPPLIED  # noqa: E402
+from dpo_trainer.metrics import METRICS  # noqa: E402
+
+REGION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+METRIC_MEANINGS = {
+    "loss": "the objective with all its terms, mean over pairs (by `weight`, where the data has one)",
+    "rewards/chosen": "`beta` times how much likelier the chosen completion is than under the reference",
+    "rewards/rejected": "the same of the rejected completion",
+    "rewards/accuracies": "share of pairs whose chosen reward is above the rejected one",
+    "rewards/margins": "chosen reward minus rejected reward",
+    "logps/chosen": "log-prob of the chosen completion, nats, summed over its tokens",
+    "logps/rejected": "the same of the rejected completion",
+    "logits/chosen": "mean logit over the vocabulary, at the tokens of chosen completions",
+    "logits/rejected": "the same at the tokens of rejected completions",
+    "entropy": "of the predicted distribution, nats, mean over all completion tokens",
+    "mean_token_accuracy": "share of chosen completion tokens that are the model's first choice",
+    "nll_loss": "negative log-likelihood of chosen, nats per token, mean over completions",
+    "aux_loss": "load-balancing loss of a mixture-of-experts model; only where it is part of the objective",
+    "num_tokens": "tokens computed since the start of the run, over all ranks; goes on after a resume",
+    "tokens_per_second": "of training since the last line, evaluation left out",
+}
+"""What the log line shows: those of `METRICS`, and the two that `DPOTrainer.log` adds."""
+
+
+# --- the regions ---
+
+
+def losses() -> str:
+    rows = []
+    for name in builtin_losses():
+        loss = LOSSES[name]
+        alias = "".join(f" (`{other}`)" for other in loss.aliases)
+        paper = f"[{loss.paper}](https://arxiv.org/abs/{loss.paper})" if loss.paper else ""
+        rows.append([f"`{name}`{alias}", code(loss.equation), paper, yes(loss.needs_reference), yes(not loss.separable)])
+    return table(["`--loss_type`", "equation", "paper", "needs a reference", "couples a batch"], rows)
+
+
+def loss_notes() -> str:
+    notes = []
+    for name in builtin_losses():
+        loss = LOSSES[name]
+        own = [f"`--{argument}`" for argument in loss.arguments if argument not in ("beta", *SUPPLIED)]
+        options = f" Takes {', '.join(own)}." if own else ""
+        notes.append(f"* **`{name}`** {loss.summary}{options} Source: {loss.source}")
+    return "\n".join(notes)
+
+
+def metrics() -> str:
+    logged = [*METRICS, "num_tokens", "tokens_per_second"]
+    if set(logged) != set(METRIC_MEANINGS):
+        raise SystemExit(
+            f"METRIC_MEANINGS in {__file__} must describe the metrics that are logged, and differs in "
+            f"{sorted(set(logged) ^ set(METRIC_MEANINGS))}: add or remove their lines."
+        )
+    return table(["metric", "meaning"], [[f"`{name}`", METRIC_MEANINGS[name]] for name in logged])
+
+
+def config() -> str:
+    return options_by_section(DPOConfig)
+
+
+def script_options() -> str:
+    parts = {"Data": ScriptArguments, "Model": ModelArguments}
+    return "\n\n".join(f"### {title}\n\n{option_table(dataclasses.fields(kind))}" for title, kind in parts.items())
+
+
+def speed() -> str:
+    """The measured comparison, one row per record that `benchmarks/beside_trl.py` wrote."""
+    records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    records = [record for record in records if {"summary", "settings", "loss_difference"} <= set(record)]
+    if not records:
+        return "No figures are recorded here yet: `python benchmarks/beside_trl.py --data hh` makes them."
+    rows = []
+    for record in records:
+        sides = record["summary"]
+        checkpointing = record["settings"]["arguments"]["gradient_checkpointing"]
+        rows.append(
+            [
+                {"hh": "HH harmless", "ultrafeedback": "UltraFeedback"}.get(record["data"], record["data"]),
+                "on" if checkpointing else "off",
+                *(f"{sides[side]['pairs_per_cpu_s']:.2f}" for side in ("trl", "ours")),
+                f"**{sides['ratio']['pairs_per_cpu_s']:.1f}x**",
+                *(f"{sides[side]['peak_rss_gb']:.1f}" for side in ("trl", "ours")),
+                f"**{sides['ratio']['peak_rss_gb']:.2f}x**",
+                f"{record['loss_difference']:.0e}",
+            ]
+        )
+    first = records[0]
+    trl = next(f"TRL {run['version']}" for run in first["runs"] if run["trainer"] == "trl")
+    head = ["data", "gradient checkpointing", f"{trl}, pairs/s", "ours, pairs/s", "", f"{trl}, peak GB", "ours, peak GB"]
+    settings = first["settings"]
+    caption = (
+        f"Pairs per CPU second and peak memory of the process, in one run beside TRL on the same rows: {first['date']}, "
+        f"{first['machine']['cpu']}, {settings['threads']} thread, float32, batch "
+        f"{settings['arguments']['per_device_train_batch_size']}, `max_length` {settings['arguments']['max_length']}, "
+        f"a Qwen2 of {next(run['parameters'] for run in first['runs']) / 1e6:.0f} M parameters. The last column is the "
+        "largest difference between the two losses of a step, nats."
+    )
+    return table([*head, "", "loss differs by"], rows) + "\n\n" + caption
+
+
+REGIONS: dict[str, Callable[[], str]] = {
+    "losses": losses,
+    "loss-notes": loss_notes,
+    "metrics": metrics,
+    "config": config,
+    "script-options": script_options,
+    "speed": speed,
+}
+
+
+# --- how they are written ---
+
+
+def builtin_losses() -> list[str]:
+    """Without those that a user's module has registered in this process."""
+    return [name for name in LOSSES if LOSSES[name].builtin]
+
+
+def options_by_section(kind: type) -> str:
+    """A table per `# --- section ---` of a dataclass' source, of the fields that the class itself defines."""
+    by_name = {option.name: option for option in dataclasses.fields(kind)}
+    parts: list[tuple[str, list[Any]]] = []
+    for line in inspect.getsource(kind).splitlines():
+        if section := re.match(r" {4}# --- (.+) ---$", line):
+            parts.append((section[1], []))
+        elif (option := re.match(r" {4}(\w+): .*= field\($|^ {4}(\w+): .*= field\(.*\)$", line)) and parts:
+            parts[-1][1].append(by_name[option[1] or option[2]])
+    return "\n\n".join(f"### {title[0].upper()}{title[1:]}\n\n{option_table(options)}" for title, options in parts)
+
+
+def option_table(options: Iterable[Any]) -> str:
+    """One row per dataclass field: name, default, help."""
+    rows = []
+    for option in options:
+        allowed = option.metadata.get("choices")
+        values = f" One of {', '.join(f'`{value}`' for value in allowed)}." if allowed else ""
+        words = option.metadata["help"].replace("%%", "%")  # doubled for argparse
+        rows.append([f"`{option.name}`", f"`{default_of(option)}`", cell(words) + values])
+    return table(["option", "default", "meaning"], rows)
+
+
+def default_of(option: Any) -> str:
+    value = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def code(text: str) -> str:
+    """Inline code in a table cell; runs of spaces between the parts of an equation become one break."""
+    return f"`{cell(re.sub(r' {2,}', '; ', text).replace(',;', ';'))}`"
+
+
+def cell(text: str) -> str:
+    """A table cell ends at a bare `|`."""
+    return text.replace("|", r"\|")
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+# --- the pages ---
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def filled(text: str, page: str) -> str:
+    """The page with all its regions written anew."""
+
+    def fill(region: re.Match) -> str:
+        if region["name"] not in REGIONS:
+            raise SystemExit(f"{page} asks for the region {region['name']!r}; there are: {', '.join(REGIONS)}.")
+        return f"{region[1]}{REGIONS[region['name']]()}{region[3]}"
+
+    if text.count("<!-- generated:") != len(REGION.findall(text)):
+        raise SystemExit(f"{page}: a `<!-- generated: NAME -->` has no `<!-- end -->` on a line of its own after it.")
+    return REGION.sub(fill, text)
+
+
+def stale(root: Path = ROOT) -> dict[Path, str]:
+    """Pages whose regions differ from the code, each with the text that it should have."""
+    new = {page: filled(page.read_text(encoding="utf-8"), page.name) for page in pages(root)}
+    return {page: text for page, text in new.items() if text != page.read_text(encoding="utf-8")}
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a page is stale")
+    check = parser.parse_args(argv).check
+    found = stale(root)
+    for page, text in found.items():
+        if not check:
+            page.write_text(text, encoding="utf-8")
+        print(f"{page.relative_to(root)} {'is stale: the code has changed' if check else 'rewritten'}")
+    if found and check:
+        print("Run `python docs/generate.py` (or `make docs`), look at the difference, and commit it.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

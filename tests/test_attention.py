@@ -1,0 +1,369 @@
+"""Shared-prompt attention against a [T, T] mask that is written out, and how it gets on and off a model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import oracles
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from dpo_trainer import attention
+from dpo_trainer.attention import NAME, SegmentsLost, SharedPromptAttention, shared_prompt_attention
+from dpo_trainer.batch import PairBatch, Segments
+from dpo_trainer.data.collate import flat_inputs, padded_inputs
+from dpo_trainer.logprobs import Scorer
+
+# Several pairs in a row; parts of one token; prompts and completions on both sides of the windows below.
+PAIRS = oracles.random_pairs([(4, 3, 5), (1, 1, 1), (7, 2, 1), (2, 6, 4)])
+SEGMENTS = flat_inputs(PAIRS, 0)["segments"]
+T = sum(SEGMENTS.length)
+MODULE = nn.Module()
+
+
+def tensors(
+    heads: int = 4, groups: int = 4, d: int = 8, dv: int = 8, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Random queries [1, H, T, d], keys [1, K, T, d] and values [1, K, T, dv], of unit size."""
+    numbers = torch.Generator().manual_seed(5)
+    shapes = [(1, heads, T, d), (1, groups, T, d), (1, groups, T, dv)]
+    return [torch.randn(s, generator=numbers, dtype=dtype).requires_grad_() for s in shapes]
+
+
+SINKS = torch.tensor([-1.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # shapes, options
+    "plain": ({}, {}),
+    "scaled": ({}, {"scaling": 1.7}),
+    "grouped": ({"groups": 2}, {}),
+    "one key head": ({"groups": 1}, {}),
+    "value size": ({"dv": 6}, {}),
+    "window 2": ({}, {"sliding_window": 2}),
+    "window 3": ({"groups": 2}, {"sliding_window": 3}),  # smaller than most segments and prefixes
+    "window 8": ({}, {"sliding_window": 8}),  # larger than most segments, smaller than prefix + segment
+    "window 64": ({}, {"sliding_window": 64}),
+    "softcap": ({"groups": 2}, {"softcap": 1.5}),
+    "softcap, window": ({}, {"softcap": 1.5, "sliding_window": 3}),
+    "sinks": ({"groups": 2}, {"s_aux": SINKS}),
+    "sinks, window": ({"dv": 6}, {"s_aux": SINKS, "sliding_window": 3}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_against_the_mask_written_out(name):
+    """Output, and gradients of queries, keys, values (and sinks)."""
+    shapes, options = VARIANTS[name]
+    if "s_aux" in options:
+        options = {**options, "s_aux": SINKS.clone().requires_grad_()}
+    leaves = [*tensors(**shapes), *[v for v in options.values() if isinstance(v, Tensor)]]
+
+    got, weights = shared_prompt_attention(MODULE, *leaves[:3], None, segments=SEGMENTS, **options)
+    want = oracles.attention(
+        *leaves[:3],
+        oracles.visible(PAIRS, options.get("sliding_window")),
+        options.get("scaling", 8**-0.5),
+        options.get("softcap"),
+        options.get("s_aux"),
+    )
+    assert weights is None
+    assert got.shape == (1, T, 4, leaves[2].shape[-1])
+    # float64; the written-out path takes its softmax in float32, as the models that need it do.
+    atol = 1e-6 if {"softcap", "s_aux"} & options.keys() else 1e-12
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+    direction = torch.randn(want.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    got_grads = torch.autograd.grad((got * direction).sum(), leaves)
+    want_grads = torch.autograd.grad((want * direction).sum(), leaves)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert b.abs().max() > 0.01
+        torch.testing.assert_close(a, b, rtol=0, atol=10 * atol)
+
+
+def test_the_variants_differ_from_each_other():
+    """Each option changes the result: none of the comparisons above is of an option that does nothing."""
+    options = [{}, {"scaling": 1.7}, {"sliding_window": 1}, {"sliding_window": 3}, {"sliding_window": 8}]
+    options += [{"softcap": 1.5}, {"s_aux": SINKS}]
+    outputs = [shared_prompt_attention(MODULE, *tensors(), None, segments=SEGMENTS, **o)[0] for o in options]
+    for a, b in itertools.combinations(outputs, 2):
+        assert (a - b).abs().max() > 1e-3
+
+
+def test_samples_of_one_prompt_share_it():
+    """prompt | a | b | c: every completion sees the prompt (3 tokens) and itself."""
+    segments = Segments(length=(5, 4, 3), prefix_start=(0, 0, 0), prefix_length=(0, 3, 3))
+    owner = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+    seen = torch.tensor([[j <= i and owner[j] in (0, owner[i]) for j in range(len(owner))] for i in range(len(owner))])
+    qkv = [x[:, :, :12] for x in tensors()]
+    got, _ = shared_prompt_attention(MODULE, *qkv, None, segments=segments)
+    torch.testing.assert_close(got, oracles.attention(*qkv, seen, 8**-0.5), rtol=0, atol=1e-12)
+
+
+def test_a_completion_never_sees_its_sibling_or_another_pair():
+    """Not a little: bit for bit the same output whatever stands there."""
+    query, key, value = tensors(dtype=torch.float32)
+    seen = oracles.visible(PAIRS)
+    for first in (4, 8, 15, 23):  # somewhere in a chosen, a rejected, a prompt, the last pair
+        changed = [x.detach().clone() for x in (query, key, value)]
+        for x in changed:
+            x[:, :, first] += 100.0
+        before, _ = shared_prompt_attention(MODULE, query, key, value, None, segments=SEGMENTS)
+        after, _ = shared_prompt_attention(MODULE, *changed, None, segments=SEGMENTS)
+        differs = (before != after).any(dim=-1).any(dim=-1)[0]
+        assert torch.equal(differs, seen[:, first]), "exactly the tokens that see it change"
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 50.0}], ids=["kernel", "written out"])
+def test_dropout_drops_weights_and_scales_the_rest(options):
+    """With values of 1 the output is the sum of the kept weights / (1 - p): 1 on average.
+
+    A token that sees only itself has one weight: 0 or 1 / (1 - p) exactly.
+    """
+    p = 0.25
+    query, key, value = tensors(dtype=torch.float32)
+    ones = torch.ones_like(value)
+    draws = torch.stack(
+        [
+            shared_prompt_attention(MODULE, query, key, ones, None, dropout=p, segments=SEGMENTS, **options)[
+                0
+            ].detach()
+            for _ in range(200)
+        ]
+    )
+    assert draws.shape[1:] == (1, T, 4, 8)
+    first = draws[:, 0, 0, :, 0]  # 800 draws of one weight
+    kept = first > 0
+    torch.testing.assert_close(first[kept], torch.full_like(first[kept], 1 / (1 - p)))
+    assert abs(kept.float().mean() - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 800)  # four standard deviations
+    assert abs(draws.mean() - 1) < 0.03
+    plain, _ = shared_prompt_attention(MODULE, query, key, ones, None, segments=SEGMENTS, **options)
+    torch.testing.assert_close(plain, torch.ones_like(plain))
+
+
+# --- what it refuses ---
+
+
+def test_missing_segments_are_an_error():
+    with pytest.raises(SegmentsLost, match="Linear does not pass extra arguments on"):
+        shared_prompt_attention(nn.Linear(1, 1), *tensors(), None)
+
+
+@pytest.mark.parametrize("where", ["argument", "module", "bias"])
+def test_attention_that_is_not_plainly_causal_is_refused(where):
+    module = nn.Module()
+    if where == "module":
+        module.is_causal = False
+    options = {"argument": {"is_causal": False}, "module": {}, "bias": {"position_bias": torch.zeros(1)}}[where]
+    with pytest.raises(SegmentsLost, match="not a plain causal attention"):
+        shared_prompt_attention(module, *tensors(), None, segments=SEGMENTS, **options)
+
+
+# --- how it gets on and off a model ---
+
+
+def batch_of(layout: str = "flat") -> PairBatch:
+    return PairBatch.from_inputs({"flat": flat_inputs, "padded": padded_inputs}[layout](PAIRS, 0))
+
+
+def test_registered_under_a_name_that_transformers_reads_nothing_into():
+    assert AttentionInterface()[NAME] is shared_prompt_attention
+    assert not any(word in NAME for word in ("flash", "sdpa", "flex_attention"))
+    assert (
+        NAME not in ALL_MASK_ATTENTION_FUNCTIONS
+    )  # else restarted positions become a [T, T] mask of packed sequences
+
+
+def test_installed_and_taken_off():
+    model = tiny.llama(attn_implementation="eager")
+    switch = SharedPromptAttention(model)
+    with switch.installed():
+        assert switch.is_installed
+        assert model.config._attn_implementation == NAME
+        with switch.installed():
+            assert switch.is_installed
+        assert switch.is_installed, "an inner use must not take it off"
+    assert not switch.is_installed
+    assert model.config._attn_implementation == "eager"
+
+
+def test_taken_off_after_an_error():
+    model = tiny.llama()
+    switch = SharedPromptAttention(model)
+    with pytest.raises(KeyError), switch.installed(), switch.installed():
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_config_with_several_parts_changes_in_the_text_part_only():
+    """A vision tower must keep its own attention."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(**tiny.SIZES),
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        ),
+    )
+    model = LlavaForConditionalGeneration(config)
+    with SharedPromptAttention(model).installed():
+        assert model.config.text_config._attn_implementation == NAME
+        assert model.config.vision_config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+class Broken(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("inside_step", [False, True])
+def test_scoring_leaves_the_model_its_own_attention(inside_step):
+    """After a call, after an error in the middle of the model, and after the step that held it."""
+    model = tiny.llama()
+    scorer = Scorer(model)
+    if inside_step:
+        with scorer.step():
+            scorer(model, batch_of())
+            assert model.config._attn_implementation == NAME, "backward is still to come"
+            with torch.no_grad():
+                scorer(model, batch_of())
+            assert model.config._attn_implementation == NAME, "scoring without gradients must not take it off"
+    else:
+        scorer(model, batch_of())
+    assert model.config._attn_implementation == "sdpa"
+
+    def fail(*_: Any) -> None:
+        assert model.config._attn_implementation == NAME
+        raise Broken
+
+    model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(Broken), scorer.step() if inside_step else torch.no_grad():
+        scorer(model, batch_of())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_step_without_gradients_or_flat_rows_installs_nothing():
+    model = tiny.llama()
+    scorer = Scorer(model)
+    with scorer.step():
+        scorer(model, batch_of("padded"))
+        assert model.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            scorer(model, batch_of())
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_backward_after_the_step_is_refused():
+    model = tiny.llama()
+    scorer = Scorer(model)
+    late = scorer(model, batch_of()).chosen.sum()
+    with pytest.raises(RuntimeError, match=r"inside one `Scorer.step\(\)` context"):
+        late.backward()
+    with scorer.step():
+        later = scorer(model, batch_of()).chosen.sum()
+    with pytest.raises(RuntimeError, match=r"inside one `Scorer.step\(\)` context"):
+        later.backward()
+
+    scorer(model, batch_of("padded")).chosen.sum().backward()  # padded rows need no context
+    with scorer.step():
+        scorer(model, batch_of()).chosen.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_why_the_guard_exists(monkeypatch):
+    """A reentrant checkpoint that recomputes with the model's own attention gives wrong gradients without an error."""
+    model = tiny.llama()
+    model.train()
+    want = oracles.answer(model, PAIRS).gradients
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    monkeypatch.setattr(SharedPromptAttention, "guard", lambda *_: None)
+    logps = Scorer(model)(model, batch_of())
+    oracles.mix(torch.stack([logps.chosen, logps.rejected], dim=1).flatten()).backward()
+    off = [(p.grad - want[name]).norm() / want[name].norm() for name, p in model.named_parameters()]
+    assert max(off) > 0.05
+
+
+def test_generate_before_during_and_after_a_step():
+    """Greedy decoding of a model between steps is that of a copy that was never touched."""
+    model = tiny.llama()
+    untouched = copy.deepcopy(model)
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    want = untouched.generate(**prompt, max_new_tokens=8, do_sample=False)
+    scorer = Scorer(model)
+    for _ in range(2):
+        assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), want)
+        with scorer.step():
+            scorer(model, batch_of()).chosen.sum().backward()
+    assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), want)
+    assert model.config.to_dict() == untouched.config.to_dict()
+
+
+# --- which path a row takes (the kernel itself runs in tests/gpu) ---
+
+
+@dataclasses.dataclass
+class Cuda:
+    """What the choice looks at, of a tensor that would live on a GPU."""
+
+    shape: tuple[int, ...] = (1, 4, T, 64)
+    dtype: torch.dtype = torch.bfloat16
+    is_cuda: bool = True
+
+
+@pytest.mark.parametrize(
+    ("query", "value", "options", "runs"),
+    [
+        (Cuda(), Cuda(), {}, True),
+        (Cuda(dtype=torch.float16), Cuda(), {}, True),
+        (Cuda(dtype=torch.float32), Cuda(), {}, False),
+        (Cuda(is_cuda=False), Cuda(), {}, False),
+        (Cuda(), Cuda(shape=(1, 4, T, 32)), {}, False),
+        (Cuda(shape=(1, 4, T, 512)), Cuda(shape=(1, 4, T, 512)), {}, False),
+        (Cuda(shape=(1, 4, T, 20)), Cuda(shape=(1, 4, T, 20)), {}, False),
+        (Cuda(), Cuda(), {"dropout": 0.1}, False),
+        (Cuda(), Cuda(), {"softcap": 30.0}, False),
+        (Cuda(), Cuda(), {"s_aux": SINKS}, False),
+    ],
+)
+def test_the_variable_length_kernel_is_used_only_where_it_can_serve(monkeypatch, query, value, options, runs):
+    monkeypatch.setattr(attention, "varlen_attn", lambda *_: None)
+    every = {"dropout": 0.0, "softcap": None, "s_aux": None, **options}
+    assert attention._varlen_runs(query, value, **every) is runs
+
+
+def emulated_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch documents of the kernel: sequence by sequence, causal mask aligned at the ends, a window to the left."""
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    out = []
+    for s in range(len(cu_q) - 1):
+        q = query[cu_q[s] : cu_q[s + 1]]
+        k, v = key[cu_k[s] : cu_k[s + 1]], value[cu_k[s] : cu_k[s + 1]]
+        left, right = window_size
+        distance = torch.arange(len(k))[None] - (torch.arange(len(q))[:, None] + len(k) - len(q))
+        seen = (distance <= right) & ((distance >= -left) if left >= 0 else True)
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        out.append(oracles.attention(*rows, seen, scale)[0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("name", ["plain", "scaled", "grouped", "window 2", "window 3", "window 8", "window 64"])
+def test_arguments_of_the_variable_length_kernel(monkeypatch, name):
+    """The call, with the kernel played by its documentation: indices, window and scale are those of the mask."""
+    shapes, options = VARIANTS[name]
+    monkeypatch.setattr(attention, "varlen_attn", emulated_varlen)
+    monkeypatch.setattr(attention, "_varlen_runs", lambda *_: True)
+    qkv = tensors(**shapes)
+    got, _ = shared_prompt_attention(MODULE, *qkv, None, segments=SEGMENTS, **options)
+    seen = oracles.visible(PAIRS, options.get("sliding_window"))
+    want = oracles.attention(*qkv, seen, options.get("scaling", 8**-0.5))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

@@ -1,0 +1,471 @@
+"""Metrics are sums and counts until the line is logged: right by hand, exact over uneven batches, and free of waiting."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from dpo_trainer import register_loss
+from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
+from dpo_trainer.metrics import METRICS, FallingChosenWarning, FiniteCheck, MetricSums, StepParts, per_pair, step_loss
+
+# --- by hand ---
+
+# Pair 0: chosen 2 tokens, rejected 1. Pair 1: chosen 1, rejected 3. Pair 2 only fills the batch: absurd numbers.
+LENGTHS = [2, 1, 1, 3, 1, 1]
+LOGPS = [-1.0, -2.0, -4.0, -0.5, -1.0, -1.0, -4.0, -100.0, -100.0]
+MEAN_LOGIT = [1.0, 2.0, 2.0, 6.0, 0.0, 1.0, 5.0, 900.0, 900.0]
+ENTROPY = [1.0, 1.0, 2.0, 0.0, 3.0, 3.0, 4.0, 900.0, 900.0]
+IS_TOP1 = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+BY_HAND = {
+    "loss": 3.25,  # (1 * 1 + 3 * 4) / (1 + 3): the only metric that pairs enter by their weight
+    "rewards/chosen": 0.75,  # 0.5 (-3 + 4) = 0.5 and 0.5 (-0.5 + 2.5) = 1
+    "rewards/rejected": 0.5,  # 0.5 (-4 + 10) = 3 and 0.5 (-6 + 2) = -2
+    "rewards/accuracies": 0.5,  # 0.5 < 3, 1 > -2
+    "rewards/margins": 0.25,  # -2.5 and 3
+    "logps/chosen": -1.75,  # -3 and -0.5
+    "logps/rejected": -5.0,  # -4 and -6
+    "logits/chosen": 3.0,  # (1 + 2 + 6) / 3 tokens
+    "logits/rejected": 2.0,  # (2 + 0 + 1 + 5) / 4 tokens
+    "entropy": 2.0,  # (1 + 1 + 2 + 0 + 3 + 3 + 4) / 7 tokens
+    "mean_token_accuracy": 2 / 3,  # 1, 0 | 1 of the chosen tokens
+    "nll_loss": 1.0,  # 3 / 2 and 0.5 / 1 nats per token
+    "aux_loss": 0.25,
+}
+
+
+def parts(*, reference: bool = True, weight: tuple[float, ...] = (1.0, 3.0, 0.0), chosen=(0, 2, 4)) -> StepParts:
+    lengths, chosen, rejected = torch.tensor(LENGTHS), torch.tensor(chosen), torch.tensor([1, 3, 5])
+    completion = torch.repeat_interleave(torch.arange(6), lengths)
+    position = torch.cat([torch.arange(n) for n in LENGTHS])
+    batch = PairBatch(
+        example_ids=torch.tensor([70, 71, 72]),
+        weight=torch.tensor(weight),
+        input_ids=torch.zeros(1, 12, dtype=torch.long),
+        score_at=torch.arange(9),
+        target_ids=torch.arange(9),
+        completion=completion,
+        completion_position=position,
+        lengths=lengths,
+        chosen=chosen,
+        rejected=rejected,
+        num_tokens=12,
+    )
+    tokens = TokenLogps(
+        logps=torch.tensor(LOGPS),
+        completion=completion,
+        position=position,
+        chosen=chosen,
+        rejected=rejected,
+        lengths=lengths,
+        entropy=torch.tensor(ENTROPY),
+        is_top1=torch.tensor(IS_TOP1),
+        mean_logit=torch.tensor(MEAN_LOGIT),
+    )
+    ref = PairLogps(
+        chosen=torch.tensor([-4.0, -2.5, 50.0]),
+        rejected=torch.tensor([-10.0, -2.0, 50.0]),
+        chosen_lengths=lengths[chosen],
+        rejected_lengths=lengths[rejected],
+    )
+    return StepParts(
+        batch=batch,
+        policy=PairLogps.from_tokens(tokens, aux_loss=torch.tensor(0.25)),
+        reference=ref if reference else None,
+        losses=torch.tensor([1.0, 4.0, 1000.0]),
+        beta=0.5,
+    )
+
+
+def reduced(*micro_batches: StepParts) -> dict[str, float]:
+    sums = MetricSums(aux_loss=True)
+    for micro_batch in micro_batches:
+        sums.add(micro_batch)
+    return sums.reduce(lambda table: table, torch.device("cpu"))[0]
+
+
+def test_every_metric_by_hand():
+    assert set(BY_HAND) == set(METRICS)
+    assert reduced(parts()) == pytest.approx(BY_HAND, rel=1e-7)
+
+
+def test_metrics_of_the_issue_are_all_there():
+    promised = (
+        "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected "
+        "logits/chosen logits/rejected entropy mean_token_accuracy nll_loss aux_loss"
+    )
+    assert set(promised.split()) == set(METRICS)
+
+
+def test_two_batches_are_one_mean():
+    """Only pair 0, then only pair 1: sums over sums, not the mean of two means (`entropy` would be 4/3 and 10/4)."""
+    first, second = parts(weight=(1.0, 0.0, 0.0)), parts(weight=(0.0, 3.0, 0.0))
+    assert reduced(first)["entropy"] == pytest.approx(4 / 3)
+    assert reduced(second)["entropy"] == pytest.approx(10 / 4)
+    assert reduced(first, second) == pytest.approx(BY_HAND, rel=1e-7)
+
+
+def test_rewards_without_a_reference_are_against_zero():
+    got = reduced(parts(reference=False))
+    assert got["rewards/chosen"] == pytest.approx(0.5 * -1.75)
+    assert got["rewards/margins"] == pytest.approx(0.5 * (-1.75 + 5.0))
+
+
+def test_shared_completion_counts_its_tokens_once():
+    """Pairs 0 and 1 prefer the same completion 0: its two tokens are 2, not 4; pairs still count one each."""
+    got = reduced(parts(chosen=(0, 0, 4)))
+    assert got["logits/chosen"] == pytest.approx(1.5)
+    assert got["logps/chosen"] == pytest.approx(-3.0)
+
+
+def test_sums_start_anew_after_a_line():
+    sums = MetricSums(aux_loss=False)
+    sums.add(parts())
+    first, tokens = sums.reduce(lambda table: table, torch.device("cpu"))
+    assert tokens == 12
+    assert "aux_loss" not in first
+    assert sums.reduce(lambda table: table, torch.device("cpu")) == ({}, 0)
+
+
+def test_reduction_is_one_collective():
+    calls = []
+
+    def over_two_ranks(table: Tensor) -> Tensor:
+        calls.append(table)
+        return 2 * table
+
+    sums = MetricSums(aux_loss=True)
+    for _ in range(3):
+        sums.add(parts())
+    got, tokens = sums.reduce(over_two_ranks, torch.device("cpu"))
+    assert len(calls) == 1
+    assert got == pytest.approx(BY_HAND, rel=1e-7)
+    assert tokens == 2 * 3 * 12
+
+
+def test_per_pair_arrays():
+    got = per_pair(parts())
+    assert got["rewards/chosen"][:2].tolist() == [0.5, 1.0]
+    assert got["rewards/rejected"][:2].tolist() == [3.0, -2.0]
+    assert got["logps/chosen"][:2].tolist() == [-3.0, -0.5]
+    assert got["ref_logps/rejected"][:2].tolist() == [-10.0, -2.0]
+    assert got["example_ids"].tolist() == [70, 71, 72]
+
+
+def test_step_loss_is_the_mean_over_the_step():
+    """Two micro-batches on each of two ranks, weights 1, 3 | 0, 2: engines average over ranks, so each part is doubled."""
+    losses, weight = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 3.0])
+    more, more_weight = torch.tensor([7.0, 5.0]), torch.tensor([0.0, 2.0])
+    total = torch.tensor(6.0)
+    ranks = step_loss(losses, weight, total, 2), step_loss(more, more_weight, total, 2)
+    assert sum(ranks).item() / 2 == pytest.approx((1 + 12 + 10) / 6)
+    assert step_loss(losses, weight, None, 2).item() == pytest.approx(13 / 4)
+    assert step_loss(losses, torch.zeros(2), torch.tensor(0.0), 1).item() == 0  # nothing but fillers
+
+
+# --- through the trainer ---
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
+    """7 rows in batches of 1, 2, 3, 4, 7: a mean of batch means would differ, for 3 + 3 + 1 and 4 + 3 are uneven."""
+    got = {}
+    for size in (1, 2, 3, 4, 7):
+        trainer = tiny.trainer(tmp_path, per_device_eval_batch_size=size, parts={"ref_model": tiny.llama(seed=5)})
+        metrics = trainer.evaluate(tiny.dataset(7, seed=3))
+        got[size] = {name: metrics[f"eval_{name}"] for name in METRICS if name != "aux_loss"}
+    for size in (1, 2, 3, 4):
+        # float32 log-probs of rows of other lengths: relative to sums of up to 200 nats.
+        assert got[size] == pytest.approx(got[7], rel=1e-6, abs=1e-6), size
+    assert abs(got[7]["loss"] - math.log(2)) > 0.01
+    spread = [tiny.trainer(tmp_path).evaluate(tiny.dataset(n, seed=3))["eval_entropy"] for n in (3, 7)]
+    assert abs(spread[0] - spread[1]) > 1e-4  # rows differ, or every mean would be the same
+
+
+def test_weights_of_rows_enter_the_loss(tmp_path):
+    rows = tiny.rows(4)
+    trainer = tiny.trainer(tmp_path, parts={"ref_model": tiny.llama(seed=5)})
+    each = [trainer.evaluate(Dataset.from_list([row]))["eval_loss"] for row in rows]
+    weights = [0.5, 2.0, 1.0, 3.0]
+    both = Dataset.from_list([row | {"weight": w} for row, w in zip(rows, weights, strict=True)])
+    assert trainer.evaluate(both)["eval_loss"] == pytest.approx(np.average(each, weights=weights), rel=1e-5)
+
+
+def test_training_metrics_under_accumulation(tmp_path):
+    """One optimizer step over 7 rows in batches of 2, 2, 2, 1 logs what evaluation of the same rows says before it."""
+    rows = tiny.dataset(7, seed=3)
+    other = tiny.llama(seed=5)
+    trainer = tiny.trainer(
+        tmp_path,
+        train=rows,
+        parts={"ref_model": other},
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+    )
+    want = trainer.evaluate(rows)
+    trainer.train()
+    (line,) = tiny.log_lines(trainer)
+    for name in METRICS:
+        if name != "aux_loss":
+            assert line[name] == pytest.approx(want[f"eval_{name}"], rel=1e-6, abs=1e-6), name
+    assert line["tokens_per_second"] > 0
+
+
+def test_a_line_is_about_all_steps_since_the_last(tmp_path):
+    """A line every second step is the mean of the two lines that every step would have written (same number of pairs)."""
+    fine = tiny.log_lines(tiny.trained(tmp_path))
+    coarse = tiny.log_lines(tiny.trained(tmp_path, logging_steps=2))
+    assert [len(fine), len(coarse)] == [4, 2]
+    for name in ("loss", "logps/chosen", "rewards/margins", "nll_loss"):
+        assert coarse[1][name] == pytest.approx((fine[2][name] + fine[3][name]) / 2, rel=1e-6)
+    assert coarse[1]["num_tokens"] == fine[3]["num_tokens"]
+
+
+def test_num_tokens_counts_what_is_computed(tmp_path):
+    """Flat: prompts once. One epoch over all 8 rows, so the order does not matter."""
+    trainer = tiny.trained(tmp_path, train=tiny.dataset(8), max_steps=2, layout="flat")
+    assert trainer.state.log_history[-1].get("num_tokens", trainer.num_tokens) == trainer.num_tokens
+    assert trainer.num_tokens == sum(trainer.train_dataset["length"])
+    padded = tiny.trained(tmp_path, train=tiny.dataset(8), max_steps=2, layout="padded")
+    prompts = sum(len(ids) for ids in padded.train_dataset["prompt_ids"])
+    assert padded.num_tokens == trainer.num_tokens + prompts
+
+
+def test_num_tokens_survives_resume(tmp_path):
+    whole = tiny.trained(tmp_path, save_strategy="steps", save_steps=2)
+    state = json.loads((tmp_path / "checkpoint-2" / "dpo_state.json").read_text())
+    assert state["num_tokens"] == tiny.log_lines(whole)[1]["num_tokens"]
+    resumed = tiny.trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    want = [line["num_tokens"] for line in tiny.log_lines(whole)]
+    assert [line["num_tokens"] for line in tiny.log_lines(resumed)] == want
+
+
+def test_compute_metrics_receives_pairs(tmp_path):
+    """Documented keys, one number per row, in the order of the rows, and the numbers of the scorer."""
+    seen: list[Any] = []
+
+    def compute_metrics(prediction) -> dict[str, float]:
+        seen.append(prediction)
+        return {"mine": 7.0}
+
+    rows = tiny.dataset(7, seed=3)
+    trainer = tiny.trainer(tmp_path, parts={"compute_metrics": compute_metrics, "ref_model": tiny.llama(seed=5)})
+    metrics = trainer.evaluate(rows)
+    assert metrics["eval_mine"] == 7.0
+    (prediction,) = seen
+    documented = {f"{kind}/{side}" for kind in ("rewards", "logps", "ref_logps") for side in ("chosen", "rejected")}
+    assert set(prediction.predictions) == documented
+    assert prediction.label_ids.tolist() == list(range(7))
+    prepared = trainer._prepared(rows, "again")
+    batch = PairBatch.from_inputs(trainer.data_collator(list(prepared)))
+    with torch.no_grad():
+        policy = trainer.scorer(trainer.model, batch)
+    reference = trainer.reference.logps(trainer.model, batch)
+    for side in ("chosen", "rejected"):
+        got = {kind: prediction.predictions[f"{kind}/{side}"] for kind in ("rewards", "logps", "ref_logps")}
+        assert all(values.shape == (7,) for values in got.values())
+        np.testing.assert_allclose(got["logps"], getattr(policy, side).numpy(), rtol=1e-6, atol=1e-4)
+        np.testing.assert_allclose(got["ref_logps"], getattr(reference, side).numpy(), rtol=1e-6, atol=1e-4)
+        np.testing.assert_allclose(got["rewards"], 0.1 * (got["logps"] - got["ref_logps"]), rtol=0, atol=1e-5)
+    accuracy = (prediction.predictions["rewards/chosen"] > prediction.predictions["rewards/rejected"]).mean()
+    assert metrics["eval_rewards/accuracies"] == pytest.approx(accuracy)
+
+
+# --- nothing waits for the device between two log lines ---
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2", "_unique"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make a host wait for its accelerator: scalars read, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in WAITS or by_mask:
+            self.seen[f"{name} by mask" if by_mask else name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_what_waits():
+    values = torch.arange(3.0)
+    with Waits() as waits:
+        values.sum().item()
+        bool(values.any())
+        values[values > 1]
+        values.nonzero()
+    assert waits.seen == {"_local_scalar_dense": 2, "index by mask": 1, "nonzero": 1}
+
+
+def test_a_micro_batch_waits_for_nothing(tmp_path, monkeypatch):
+    """Forward, reference, losses, metrics and backward of every micro-batch after the first, which settles the layout."""
+    trainer = tiny.trainer(tmp_path, layout="flat", max_steps=2, gradient_accumulation_steps=2, logging_steps=1000)
+    collectives: list[str] = []
+    reduce = trainer.accelerator.reduce
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda *a, **k: collectives.append("reduce") or reduce(*a, **k))
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda *a, **k: pytest.fail("a collective"))
+    step = trainer.training_step
+    waited: list[Counter[str]] = []
+
+    def counted(*args, **kwargs):
+        before = len(collectives)
+        with Waits() as waits:
+            loss = step(*args, **kwargs)
+        waited.append(waits.seen + Counter(collectives[before:]))
+        return loss
+
+    monkeypatch.setattr(trainer, "training_step", counted)
+    trainer.train()
+    assert len(waited) == 4
+    assert waited[0]["_local_scalar_dense"] > 0  # the check of the first batch does look: the counter is alive
+    assert waited[1:] == [Counter()] * 3
+    # Per optimizer step: the number of pairs, and the finite check; and the one line at the end.
+    assert len(collectives) <= 2 * 2 + 1
+
+
+# --- a loss that is not finite ---
+
+
+@register_loss("nan_for_long_chosen", needs_reference=False)
+def nan_for_long_chosen(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+    """NaN for one pair alone: the one whose chosen completion has more than 30 tokens. All gradients are finite."""
+    return -beta * policy.margin() + torch.where(policy.chosen_lengths > 30, math.nan, 0.0)
+
+
+class WeightsAfterEachStep(TrainerCallback):
+    def __init__(self):
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(tiny.weights(model))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_nan_stops_the_run_before_the_weights_are_touched(accumulate, tmp_path):
+    rows = tiny.rows(12)
+    rows[9]["chosen"] = " " + "a" * 40
+    assert all(len(row["chosen"]) < 28 for i, row in enumerate(rows) if i != 9)
+    after = WeightsAfterEachStep()
+    trainer = tiny.trainer(
+        tmp_path,
+        train=Dataset.from_list(rows),
+        loss_type="nan_for_long_chosen",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulate,
+        train_sampling_strategy="sequential",
+        max_steps=6,
+        parts={"callbacks": [after]},
+    )
+    step = 5 if accumulate == 1 else 3  # rows 8 and 9 are the fifth batch
+    with pytest.raises(FloatingPointError, match=rf"optimizer step {step} is not finite \(example_ids \[9\]\)"):
+        trainer.train()
+    assert len(after.seen) == step - 1
+    tiny.assert_same_weights(tiny.weights(trainer.model), after.seen[-1])
+    assert tiny.moved(tiny.weights(tiny.llama()), after.seen[-1]) > 0  # the steps before did train
+
+
+def watched(example_ids: list[int], losses: list[float]) -> StepParts:
+    """As much of a micro-batch as the check looks at."""
+    whole = parts()
+    batch = dataclasses.replace(whole.batch, example_ids=torch.tensor(example_ids))
+    return dataclasses.replace(whole, batch=batch, losses=torch.tensor(losses))
+
+
+def test_finite_check_is_silent_about_finite_losses_and_forgets():
+    check = FiniteCheck()
+    check.check(lambda n: n, step=1)  # nothing seen
+    check.watch(watched([4], [1.0]))
+    check.check(lambda n: n, step=1)
+    check.watch(watched([5, 6], [1.0, math.inf]))
+    with pytest.raises(FloatingPointError, match=r"step 2 .*example_ids \[6\].*not updated.*learning rate"):
+        check.check(lambda n: n, step=2)
+
+
+def test_finite_check_stops_every_rank():
+    """This rank is fine; the sum over ranks says that another is not."""
+    check = FiniteCheck()
+    check.watch(watched([4], [1.0]))
+    with pytest.raises(FloatingPointError, match="on another rank"):
+        check.check(lambda n: n + 1, step=3)
+
+
+# --- the warning that loss and accuracy do not give ---
+
+
+def warned(caplog, lines: list[dict[str, float]], **how: Any) -> list[str]:
+    warning = FallingChosenWarning(**{"beta": 0.1, "has_reference": True, **how})
+    with caplog.at_level(logging.WARNING):
+        for step, line in enumerate(lines, start=1):
+            warning.look(line, step)
+    return [record.getMessage() for record in caplog.records if "chosen log-probs fall" in record.getMessage()]
+
+
+def rewards(chosen: float, rejected: float) -> dict[str, float]:
+    """Of log-ratios in nats, at beta 0.1."""
+    return {"rewards/chosen": 0.1 * chosen, "rewards/margins": 0.1 * (chosen - rejected)}
+
+
+def test_warning_fires_once_when_chosen_falls_and_the_margin_grows(caplog):
+    (message,) = warned(caplog, [rewards(-0.5, -4), rewards(-3, -8), rewards(-5, -20)])
+    assert "Step 2" in message
+    assert "3.0 nats less" in message
+    assert "margin is 5.0 nats" in message
+    assert "--rpo_alpha" in message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        rewards(2, -8),  # chosen rises
+        rewards(-0.5, -8),  # hardly falls
+        rewards(-3, -3.5),  # falls, but the margin does not grow: nothing looks perfect
+        rewards(-3, 2),
+        {},  # a line without pairs
+    ],
+    ids=str,
+)
+def test_warning_stays_silent(line, caplog):
+    assert warned(caplog, [line] * 3) == []
+
+
+def test_warning_needs_a_reference(caplog):
+    """Without one, rewards are log-probs, and always negative."""
+    assert warned(caplog, [rewards(-80, -90)], has_reference=False) == []
+
+
+@register_loss("push_both_down")
+def push_both_down(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+    """What unlearning looks like in fast motion."""
+    return beta * (policy.chosen + 3 * policy.rejected)
+
+
+@pytest.mark.parametrize(("loss_type", "fires"), [("push_both_down", True), ("sigmoid", False)])
+def test_warning_through_the_trainer(loss_type, fires, caplog, tmp_path):
+    rows = [{"prompt": prompt, "chosen": " ab", "rejected": " zzyzzyzz"} for prompt in "pqrs"]
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny.trained(tmp_path, loss_type=loss_type, learning_rate=0.05, train=Dataset.from_list(rows))
+    last = tiny.log_lines(trainer)[-1]
+    assert (last["rewards/chosen"] < -0.1 and last["rewards/margins"] > 0.1) == fires
+    messages = [r.getMessage() for r in caplog.records if "chosen log-probs fall" in r.getMessage()]
+    assert len(messages) == fires
