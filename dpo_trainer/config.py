@@ -287,10 +287,11 @@ class DPOConfig(TrainingArguments):
     def _resolve_precision(self) -> None:
         if self.bf16 is not None:
             return
-        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        use_cpu: bool = self.use_cpu
+        on_cpu = use_cpu or not torch.accelerator.is_available()
         self.bf16 = not self.fp16 and _computes_in_bfloat16(on_cpu)
         # transformers takes bfloat16 on a CPU only where it was told that the CPU is meant.
-        self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
+        self.use_cpu = use_cpu or (on_cpu and self.bf16)
 
     def _check_against_trainer(self) -> None:
         """Options of `TrainingArguments` that would be ignored, or would falsify what is logged."""

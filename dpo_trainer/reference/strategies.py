@@ -68,7 +68,12 @@ class DisabledAdapter:
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
         peft_model: PeftModel = extract_model_from_parallel(policy)
-        with torch.no_grad(), evaluation_mode(peft_model), peft_model.disable_adapter():
+        with (
+            torch.no_grad(),
+            evaluation_mode(peft_model),
+            _same_trainable_after(peft_model),
+            peft_model.disable_adapter(),
+        ):
             return self.scorer(policy, batch, extras=False)
 
 
@@ -84,17 +89,20 @@ class NamedAdapter:
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
         peft_model = extract_model_from_parallel(policy)
-        with torch.no_grad(), evaluation_mode(peft_model), self._active(peft_model):
-            return self.scorer(policy, batch, extras=False)
+        with torch.no_grad(), evaluation_mode(peft_model), _same_trainable_after(peft_model):
+            peft_model.set_adapter(self.reference_adapter)
+            try:
+                return self.scorer(policy, batch, extras=False)
+            finally:
+                peft_model.set_adapter(self.policy_adapter)
 
-    @contextlib.contextmanager
-    def _active(self, model: PeftModel) -> Iterator[None]:
-        # peft ties "active" to "trainable" and switches both; what the user froze or trains is put back as it was.
-        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        model.set_adapter(self.reference_adapter)
-        try:
-            yield
-        finally:
-            model.set_adapter(self.policy_adapter)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(trainable[name])
+
+@contextlib.contextmanager
+def _same_trainable_after(model: nn.Module) -> Iterator[None]:
+    """peft ties "active" to "trainable" and switches both: what the user froze or trains is put back as it was."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
