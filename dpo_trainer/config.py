@@ -224,6 +224,9 @@ class DPOConfig(TrainingArguments):
             "help": "bfloat16 mixed precision. Default: on where the device computes in bfloat16, unless --fp16."
         },
     )
+    use_cpu: bool = field(
+        default=False, metadata={"help": "Compute on the CPU. Set by itself where there is nothing else to compute on."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Refused when set: a non-finite loss stops the run instead of being hidden."}
     )
@@ -287,11 +290,10 @@ class DPOConfig(TrainingArguments):
     def _resolve_precision(self) -> None:
         if self.bf16 is not None:
             return
-        use_cpu: bool = self.use_cpu
-        on_cpu = use_cpu or not torch.accelerator.is_available()
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.bf16 = not self.fp16 and _computes_in_bfloat16(on_cpu)
         # transformers takes bfloat16 on a CPU only where it was told that the CPU is meant.
-        self.use_cpu = use_cpu or (on_cpu and self.bf16)
+        self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
 
     def _check_against_trainer(self) -> None:
         """Options of `TrainingArguments` that would be ignored, or would falsify what is logged."""

@@ -164,6 +164,8 @@ class DPOTrainer(Trainer):
                 progress=not args.disable_tqdm,
             )
         self.data_reports[name] = report
+        if report.rows and self.is_world_process_zero():  # a stream counts as it is read
+            logger.warning(report.table())
         return dataset
 
     # --- the data, as Trainer asks for it ---

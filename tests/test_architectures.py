@@ -24,6 +24,10 @@ from dpo_trainer.data.collate import flat_inputs, padded_inputs
 from dpo_trainer.layout import Layout
 from dpo_trainer.logprobs import Scorer
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated"
+)
+
 VOCABULARY = 97
 # Prompts and completions on both sides of the sliding window of 4, and the shortest pair there is.
 LENGTHS = [(5, 3, 6), (1, 1, 1), (9, 4, 2)]
@@ -191,11 +195,6 @@ def assert_equals_oracle(name: str, model: nn.Module, scorer: Scorer, batch: Pai
     oracles.assert_same_gradients(got, want.gradients)
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing_enable` is deprecated", "ignore:`is_gradient_ch"
-)
-
-
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("name", FLAT)
 def test_flat(name, checkpointing, caplog):
@@ -294,6 +293,19 @@ def test_router_loss(name, layout, checkpointing):
     torch.testing.assert_close(logps.aux_loss.double(), want, rtol=1e-5, atol=0)  # float32, 20 tokens
     oracles.assert_same_gradients({n: got[n] for n in want_gradients}, want_gradients)
     torch.testing.assert_close(logps.chosen.double(), case(name)[1].sums[0::2], rtol=0, atol=oracles.NATS)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints_cut_the_router_loss_off():
+    """A fact of transformers, not a wish: router logits are recorded inside the checkpoint, where gradients are off.
+
+    Whoever lets `use_reentrant=True` meet a router loss must refuse it: the loss would be logged and never trained.
+    If this fails, transformers has mended it, and the refusal can go.
+    """
+    model = train_copy("mixtral", "reentrant")
+    logps = Scorer(model, router_loss=True)(model, PairBatch.from_inputs(padded_inputs(pairs(), 0)))
+    assert logps.chosen.requires_grad
+    assert not logps.aux_loss.requires_grad
 
 
 def test_router_loss_is_not_computed_unasked():

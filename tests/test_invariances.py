@@ -164,10 +164,11 @@ def run(folder: Path, resume: int | None = None, **how: Any) -> tuple[DPOTrainer
 def test_resume_equals_uninterrupted_to_the_bit(case, layout, tmp_path):
     """From the middle of the first epoch (step 3) and of the second (step 7), where layout and order are settled anew."""
     whole, all_rows = run(tmp_path, layout=layout, **RESUMED[case])
-    per_step = len(all_rows) // 8
-    for step in (3, 7):
+    size, per_step = len(all_rows[0]), RESUMED[case].get("gradient_accumulation_steps", 1)
+    per_epoch = -(-22 // size)
+    for step, begun in ((3, 3 * per_step), (7, per_epoch + per_step)):
         resumed, rows = run(tmp_path, resume=step, layout=layout, **RESUMED[case])
-        assert rows == all_rows[step * per_step :]
+        assert rows == all_rows[begun:] != []
         assert tiny.losses(resumed) == tiny.losses(whole)
         tiny.assert_same_weights(tiny.weights(resumed.model), tiny.weights(whole.model))
         assert resumed.num_tokens == whole.num_tokens
@@ -279,7 +280,7 @@ def test_generate_before_during_and_after(adapter, checkpointing, tmp_path):
 
 
 def test_config_and_modules_are_as_they_were(tmp_path):
-    """What a saved config would say, and which functions the modules call."""
+    """What a saved config would say, and which functions the modules call. (`use_cache` is the Trainer's own option.)"""
     model = tiny.llama(attn_implementation="eager")
     before = model.config.to_dict(), with_own_parts(model), {n: type(m) for n, m in model.named_modules()}
     trainer = tiny.trainer(tmp_path, model=model, layout="flat", max_steps=2)
@@ -290,7 +291,7 @@ def test_config_and_modules_are_as_they_were(tmp_path):
     assert before[1]["attention"] == "eager"
     assert {n: type(m) for n, m in model.named_modules()} == before[2]
     after = model.config.to_dict()
-    assert {k: v for k, v in after.items() if before[0].get(k) != v} == {}
+    assert {k for k, v in after.items() if before[0].get(k) != v} <= {"use_cache"}
 
 
 class Interrupted(Exception):
@@ -316,16 +317,14 @@ def test_model_is_as_it_was_after_an_exception(where, tmp_path):
     )
 
     def die(*args: Any) -> None:
-        if torch.is_grad_enabled() and where in ("forward", "backward"):
-            raise Interrupted
+        raise Interrupted
 
     layer = model.model.layers[1]
+    trainer.layout.settled = True  # its check takes an exception in flat rows for a verdict on the layout
     if where == "forward":
-        trainer.layout.settled = True  # its check takes an exception in flat rows for a verdict on the layout
         layer.register_forward_pre_hook(die)
     elif where == "backward":
-        layer.register_full_backward_hook(lambda *args: die())
-        trainer.layout.settled = True
+        layer.register_full_backward_hook(die)
     with pytest.raises(Interrupted):
         trainer.train()
     for hooks in (layer._forward_pre_hooks, layer._backward_hooks):

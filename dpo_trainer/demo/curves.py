@@ -32,7 +32,7 @@ PLOTS = (
         title="reward accuracy",
         metrics=("rewards/accuracies",),
         look_for="Look for ravin's pairs at 1 and the others' at 0.5: their ties stand in both orders, and of two opposite "
-        "orders a model gets one right.",
+        "orders a model gets one right. At step 0 nothing is preferred yet, and that counts as 0.",
     ),
     Plot(
         title="reward margin",
@@ -75,8 +75,9 @@ def write_png(log: Log, path: Path) -> None:
             for metric, style in zip(plot.metrics, ("-", ":")):
                 line_label = label if style == "-" else None
                 axes.plot(*_series(log, prefix + metric), style, color=colour, marker=".", label=line_label)
-        axes.set_title(plot.title, loc="left", weight="bold", pad=36)
-        axes.text(0, 1.02, fill(plot.look_for, 86), transform=axes.transAxes, fontsize=9, va="bottom")
+        guide = fill(plot.look_for, 84)
+        axes.set_title(plot.title, loc="left", weight="bold", pad=10 + 13 * len(guide.splitlines()))
+        axes.text(0, 1.02, guide, transform=axes.transAxes, fontsize=9, va="bottom")
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -64,13 +64,13 @@ def demo_config_defaults() -> dict[str, Any]:
     }
 
 
-def demo_config(config: DPOConfig, given: Collection[str] = ()) -> DPOConfig:
+def demo_config(config: DPOConfig, given: Collection[str]) -> DPOConfig:
     """The demo's options, with those of `config` that the user set (`given`) before them."""
     own = {option.name for option in fields(DPOConfig) if option.init}
     return DPOConfig(**demo_config_defaults() | {name: getattr(config, name) for name in given if name in own})
 
 
-def run_demo(config: DPOConfig, given: Collection[str] = ()) -> DemoResult | None:
+def run_demo(config: DPOConfig, given: Collection[str]) -> DemoResult | None:
     """Run the demo and print, write and return what came out; None on all processes but the first.
 
     Args:
