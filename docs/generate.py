@@ -151,8 +151,8 @@ def options_by_section(kind: type) -> str:
     for line in inspect.getsource(kind).splitlines():
         if section := re.match(r" {4}# --- (.+) ---$", line):
             parts.append((section[1], []))
-        elif (option := re.match(r" {4}(\w+): .*= field\($|^ {4}(\w+): .*= field\(.*\)$", line)) and parts:
-            parts[-1][1].append(by_name[option[1] or option[2]])
+        elif parts and (option := re.match(r" {4}(\w+): .*= field\(", line)):
+            parts[-1][1].append(by_name[option[1]])
     return "\n\n".join(f"### {title[0].upper()}{title[1:]}\n\n{option_table(options)}" for title, options in parts)
 
 

@@ -227,6 +227,10 @@ class DPOConfig(TrainingArguments):
     use_cpu: bool = field(
         default=False, metadata={"help": "Compute on the CPU. Set by itself where there is nothing else to compute on."}
     )
+    liger_kernel_config: dict[str, bool] | None = field(
+        default_factory=lambda: {"cross_entropy": False, "fused_linear_cross_entropy": False},
+        metadata={"help": "JSON: which kernels of --use_liger_kernel to take. Default: those of the layers alone."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Refused when set: a non-finite loss stops the run instead of being hidden."}
     )

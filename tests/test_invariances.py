@@ -117,14 +117,15 @@ def test_split_does_not_matter_with_weights_of_rows(tmp_path):
         ({"loss_type": ["sigmoid", "sft"]}, True),
         ({"loss_type": "ipo"}, True),
         ({"rpo_alpha": 0.5}, True),
-        ({"loss_type": "aot"}, False),
+        ({"loss_type": "aot_unpaired"}, False),
+        ({"loss_type": "bco_pair"}, False),
         ({"rpo_alpha": 0.5, "rpo_normalization": "token"}, False),
     ],
     ids=str,
 )
 def test_what_is_said_to_be_separable_is(options, separable, tmp_path):
     """Losses that couple the pairs of a micro-batch are documented as such, and do differ."""
-    how = {"max_steps": 2, "learning_rate": 0.02, **options}
+    how = {"max_steps": 2, "learning_rate": 0.05, **options}
     one = tiny.trained(tmp_path, per_device_train_batch_size=8, **how)
     many = tiny.trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **how)
     assert one.objective.separable is separable
