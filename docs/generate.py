@@ -27,7 +27,7 @@ from dpo_trainer.losses import LOSSES  # noqa: E402
 from dpo_trainer.losses.record import SUPPLIED  # noqa: E402
 from dpo_trainer.metrics import METRICS  # noqa: E402
 
-REGION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+REGION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 METRIC_MEANINGS = {
     "loss": "the objective with all its terms, mean over pairs (by `weight`, where the data has one)",
@@ -58,7 +58,9 @@ def losses() -> str:
         loss = LOSSES[name]
         alias = "".join(f" (`{other}`)" for other in loss.aliases)
         paper = f"[{loss.paper}](https://arxiv.org/abs/{loss.paper})" if loss.paper else ""
-        rows.append([f"`{name}`{alias}", code(loss.equation), paper, yes(loss.needs_reference), yes(not loss.separable)])
+        rows.append(
+            [f"`{name}`{alias}", code(loss.equation), paper, yes(loss.needs_reference), yes(not loss.separable)]
+        )
     return table(["`--loss_type`", "equation", "paper", "needs a reference", "couples a batch"], rows)
 
 
@@ -114,10 +116,18 @@ def speed() -> str:
         )
     first = records[0]
     trl = next(f"TRL {run['version']}" for run in first["runs"] if run["trainer"] == "trl")
-    head = ["data", "gradient checkpointing", f"{trl}, pairs/s", "ours, pairs/s", "", f"{trl}, peak GB", "ours, peak GB"]
+    head = [
+        "data",
+        "gradient checkpointing",
+        f"{trl}, pairs/s",
+        "here, pairs/s",
+        "",
+        f"{trl}, peak GB",
+        "here, peak GB",
+    ]
     settings = first["settings"]
     caption = (
-        f"Pairs per CPU second and peak memory of the process, in one run beside TRL on the same rows: {first['date']}, "
+        f"Pairs per CPU second and peak memory of the process, beside TRL in one run on the same rows: {first['date']}, "
         f"{first['machine']['cpu']}, {settings['threads']} thread, float32, batch "
         f"{settings['arguments']['per_device_train_batch_size']}, `max_length` {settings['arguments']['max_length']}, "
         f"a Qwen2 of {next(run['parameters'] for run in first['runs']) / 1e6:.0f} M parameters. The last column is the "
@@ -203,7 +213,7 @@ def filled(text: str, page: str) -> str:
     def fill(region: re.Match) -> str:
         if region["name"] not in REGIONS:
             raise SystemExit(f"{page} asks for the region {region['name']!r}; there are: {', '.join(REGIONS)}.")
-        return f"{region[1]}{REGIONS[region['name']]()}{region[3]}"
+        return f"{region[1]}\n{REGIONS[region['name']]()}\n\n{region[3]}"
 
     if text.count("<!-- generated:") != len(REGION.findall(text)):
         raise SystemExit(f"{page}: a `<!-- generated: NAME -->` has no `<!-- end -->` on a line of its own after it.")

@@ -185,6 +185,11 @@ def pair_weight(inputs: Mapping[str, Any]) -> Tensor:
     return torch.ones(len(rows) // 2, device=rows.device)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """What sums are added up in: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenLogps:
     """Per scored token; what only some losses and metrics need is None unless it was asked for."""
@@ -201,8 +206,10 @@ class TokenLogps:
     log_sum_sq: Tensor | None = None  # [M] log of the summed squared probabilities
 
     def sum_by_completion(self, values: Tensor) -> Tensor:
-        """[M] -> [C], float32."""
-        return values.new_zeros(len(self.lengths), dtype=torch.float32).index_add(0, self.completion, values.float())
+        """[M] -> [C], float32. Added up in float64: token by token in float32, 700 tokens are off by 0.01 nats."""
+        wide = widest_float(values.device)
+        sums = torch.zeros(len(self.lengths), dtype=wide, device=values.device)
+        return sums.index_add(0, self.completion, values.to(wide)).float()
 
 
 @dataclass(frozen=True, kw_only=True)

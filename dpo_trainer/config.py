@@ -225,7 +225,8 @@ class DPOConfig(TrainingArguments):
         },
     )
     use_cpu: bool = field(
-        default=False, metadata={"help": "Compute on the CPU. Set by itself where there is nothing else to compute on."}
+        default=False,
+        metadata={"help": "Compute on the CPU. Set by itself where there is nothing else to compute on."},
     )
     liger_kernel_config: dict[str, bool] | None = field(
         default_factory=lambda: {"cross_entropy": False, "fused_linear_cross_entropy": False},

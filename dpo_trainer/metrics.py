@@ -3,7 +3,7 @@
     rewards/*  beta * (log-prob under the policy - under the reference), nats * beta      logps/*  nats per completion
     entropy    nats per completion token                                                 logits/* mean logit per token
 
-Means of pairs are over pairs, means of tokens over tokens, on all ranks, since the last line; rows that only fill an
+Rewards and log-probs are of whole completions: `--ld_alpha` shapes the loss alone. Means of pairs are over pairs, means of tokens over tokens, on all ranks, since the last line; rows that only fill an
 uneven batch do not count.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .batch import PairBatch, PairLogps
+from .batch import PairBatch, PairLogps, widest_float
 
 logger = logging.get_logger(__name__)
 
@@ -127,21 +127,39 @@ class MetricSums:
 
     @torch.no_grad()
     def add(self, parts: StepParts) -> None:
-        table = torch.stack([METRICS[name](parts) for name in self.names]).double()
+        table = torch.stack([METRICS[name](parts) for name in self.names])
+        table = table.to(widest_float(table.device))
         self.table = table if self.table is None else self.table + table
         self.num_tokens += parts.batch.num_tokens
         self.also(parts)
+
+    def state_dict(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, list]:
+        """The open window of all ranks, for the checkpoint. Every rank must call."""
+        return {"names": self.names, "rows": gather(self._rows(device)).tolist()}
+
+    def load_state_dict(self, state: dict[str, list], device: torch.device) -> None:
+        """For one rank: the sums are those of all."""
+        rows = dict(zip([*state["names"], "num_tokens"], state["rows"], strict=True))
+        self.table = torch.tensor(
+            [rows.get(name, [0.0, 0.0]) for name in self.names], dtype=widest_float(device), device=device
+        )
+        self.num_tokens = int(rows["num_tokens"][0])
+
+    def _rows(self, device: torch.device) -> Tensor:
+        """[K + 1, 2] the table and, as its last row, the tokens."""
+        table = (
+            torch.zeros(len(self.names), 2, dtype=widest_float(device), device=device)
+            if self.table is None
+            else self.table
+        )
+        return torch.cat([table, table.new_tensor([[self.num_tokens, 0.0]])])
 
     def reduce(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> tuple[dict[str, float], int]:
         """(means over all pairs since the last call, tokens computed since then), on all ranks: one collective, one wait.
 
         `gather` sums a tensor over ranks. Every rank must call, also one that saw no batch.
         """
-        table = (
-            torch.zeros(len(self.names), 2, dtype=torch.float64, device=device) if self.table is None else self.table
-        )
-        tokens = torch.tensor([[self.num_tokens, 0.0]], dtype=torch.float64, device=table.device)
-        *rows, (num_tokens, _) = gather(torch.cat([table, tokens])).tolist()
+        *rows, (num_tokens, _) = gather(self._rows(device)).tolist()
         self.clear()
         means = {name: total / count for name, (total, count) in zip(self.names, rows, strict=True) if count}
         return means, int(num_tokens)

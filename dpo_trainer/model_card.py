@@ -16,17 +16,30 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
-def write_model_card(trainer: DPOTrainer, folder: Path) -> None:
-    """README.md in `folder`, over the plain one that transformers or peft wrote there."""
+def write_model_card(
+    trainer: DPOTrainer,
+    folder: Path,
+    *,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tags: str | list[str] | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    dataset: str | list[str] | None = None,
+) -> None:
+    """README.md in `folder`, over the plain one that transformers or peft wrote there. Names as in `push_to_hub`."""
     args = trainer.args
     start = base_model(trainer.model).config._name_or_path
     is_hub_id = bool(start) and not Path(start).exists()
     card = ModelCard.from_template(
         ModelCardData(
-            base_model=start if is_hub_id else None,
+            base_model=finetuned_from or (start if is_hub_id else None),
             library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
-            tags=list(trainer._tag_names),
-            model_name=args.hub_model_id or folder.resolve().name,
+            tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            language=language,
+            license=license,
+            datasets=dataset,
+            model_name=model_name or args.hub_model_id or folder.resolve().name,
         ),
         template_path=str(TEMPLATE),
         start=start or "a model built in memory",

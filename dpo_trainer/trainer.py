@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .assembly import Given, assemble, place_reference
 from .batch import PairBatch, pair_weight
 from .config import DPOConfig
-from .data import DataCollatorForPreference, DataReport, check_tokenizer, prepare_dataset
+from .data import DataCollatorForPreference, DataReport, FilledStream, check_tokenizer, prepare_dataset
 from .loading import load_tokenizer
 from .logprobs import base_model
 from .losses import Objective
@@ -107,6 +107,10 @@ class DPOTrainer(Trainer):
         if data_collator is None:
             data_collator = DataCollatorForPreference(self.pad_token_id, self.layout.name, args.pad_to_multiple_of)
 
+        if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
+            # As transformers does for models that are its own: DDP's search and reentrant checkpointing exclude each other.
+            args.ddp_find_unused_parameters = not args.gradient_checkpointing
+
         super().__init__(
             model=model,
             args=args,
@@ -180,6 +184,11 @@ class DPOTrainer(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any):
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args, **kwargs):
+        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            dataset = FilledStream(dataset, batch_size * self.accelerator.num_processes)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
@@ -269,8 +278,12 @@ class DPOTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        state = {
+            "num_tokens": self.num_tokens,
+            "since_last_log": self.metrics["train"].state_dict(self._sum_over_ranks, self.args.device),
+            "objective": self.objective.state_dict(),
+        }
         if self.args.should_save:
-            state = {"num_tokens": self.num_tokens, "objective": self.objective.state_dict()}
             Path(output_dir, STATE_FILE).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -284,6 +297,8 @@ class DPOTrainer(Trainer):
             )
         state = json.loads(path.read_text())
         self.num_tokens = state["num_tokens"]
+        if self.is_world_process_zero():
+            self.metrics["train"].load_state_dict(state["since_last_log"], self.args.device)
         self.objective.load_state_dict(state["objective"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -291,10 +306,10 @@ class DPOTrainer(Trainer):
         if self.args.should_save:
             write_model_card(self, Path(output_dir or self.args.output_dir))
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Called by `push_to_hub`: our card, with the loss, the data and the metrics."""
+    def create_model_card(self, **fields: Any) -> None:
+        """Called by `push_to_hub` with what the user says there: our card, with the loss, the data and the metrics."""
         if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir))
+            write_model_card(self, Path(self.args.output_dir), **fields)
 
 
 class _StopOnNonFinite(TrainerCallback):

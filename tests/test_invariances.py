@@ -97,7 +97,9 @@ def test_split_of_a_step_changes_nothing(n, trained, tmp_path):
     for split in SPLITS[1:]:
         assert runs[split][0] == pytest.approx(losses, rel=0, abs=LOSS_ATOL), split
         tiny.assert_same_weights(runs[split][1], weights, 1e-6)
-    start = tiny.weights(tiny.llama()) if trained == "full" else {n: w * 0 for n, w in weights.items() if "lora_B" in n}
+    start = (
+        tiny.weights(tiny.llama()) if trained == "full" else {n: w * 0 for n, w in weights.items() if "lora_B" in n}
+    )
     assert tiny.moved(start, weights) > 1e-3
 
 

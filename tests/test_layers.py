@@ -142,9 +142,7 @@ def test_no_circle_within_a_part():
     """Inside a part any direction goes, but not in a circle."""
     texts = sources()
     graph = {
-        module.removesuffix(".__init__"): {
-            name for name in imported(module, text) if part_of(name) == part_of(module)
-        }
+        module.removesuffix(".__init__"): {name for name in imported(module, text) if part_of(name) == part_of(module)}
         for module, text in texts.items()
         if module != "dpo_trainer.__init__"
     }

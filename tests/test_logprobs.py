@@ -232,6 +232,25 @@ def test_the_logits_of_a_batch_never_exist(head, layout, monkeypatch):
     assert largest(scorer) >= scored * LARGE, "the recorder sees what the plain way holds"
 
 
+def test_no_chunk_is_kept_for_backward(monkeypatch):
+    """Small chunks that all wait for backward would be [M, V] again: what forward saves holds no logits at all."""
+    monkeypatch.setattr(logprobs, "chunk_size", lambda *_: 16)
+    model = tiny.llama(vocab_size=LARGE)
+    batch = PairBatch.from_inputs(flat_inputs(oracles.random_pairs([(2, 60, 50)]), 0))
+
+    def logits_saved(scorer: Scorer) -> int:
+        """Elements of tensors [tokens, V]; the head's matrix, which lives anyway, is [V, D] or its transpose."""
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            scorer(model, batch)
+        return sum(x.numel() for x in saved if x.shape[-1:] == (LARGE,) and x.shape[0] != tiny.SIZES["hidden_size"])
+
+    scorer = Scorer(model, stats=STATS)
+    assert logits_saved(scorer) == 0
+    scorer.through_head = False
+    assert logits_saved(scorer) >= 110 * LARGE
+
+
 # --- statistics ---
 
 

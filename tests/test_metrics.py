@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections import Counter
@@ -245,13 +244,16 @@ def test_num_tokens_counts_what_is_computed(tmp_path):
     assert padded.num_tokens == trainer.num_tokens + prompts
 
 
-def test_num_tokens_survives_resume(tmp_path):
-    whole = tiny.trained(tmp_path, save_strategy="steps", save_steps=2)
-    state = json.loads((tmp_path / "checkpoint-2" / "dpo_state.json").read_text())
-    assert state["num_tokens"] == tiny.log_lines(whole)[1]["num_tokens"]
-    resumed = tiny.trainer(tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+@pytest.mark.parametrize("logging_steps", [1, 2], ids=["line at the checkpoint", "line after the checkpoint"])
+def test_num_tokens_survives_resume(logging_steps, tmp_path):
+    """From a checkpoint at step 3: also the tokens of the steps between the last line and the checkpoint."""
+    how = {"logging_steps": logging_steps, "save_steps": 3}
+    whole = tiny.trained(tmp_path, save_strategy="steps", **how)
+    resumed = tiny.trainer(tmp_path, **how)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     want = [line["num_tokens"] for line in tiny.log_lines(whole)]
+    assert len(want) == 4 // logging_steps
+    assert len(set(want)) == len(want)
     assert [line["num_tokens"] for line in tiny.log_lines(resumed)] == want
 
 

@@ -301,7 +301,9 @@ def test_ref_model_is_the_model_that_gets_an_adapter(tmp_path):
 def test_unknown_adapters(tmp_path):
     with pytest.raises(ValueError, match=r"--ref_adapter_name 'strat' is not an adapter.*style.*load_adapter"):
         tiny.trainer(tmp_path, model=trained_adapter(), ref_adapter_name="strat")
-    with pytest.raises(ValueError, match=r"--model_adapter_name 'stile' is not an adapter of the model, which has style"):
+    with pytest.raises(
+        ValueError, match=r"--model_adapter_name 'stile' is not an adapter of the model, which has style"
+    ):
         tiny.trainer(tmp_path, model=trained_adapter(), model_adapter_name="stile")
     with pytest.raises(ValueError, match=r"--model_adapter_name 'x' .* has none: pass a PeftModel or a peft_config"):
         tiny.trainer(tmp_path, model_adapter_name="x")

@@ -1,8 +1,8 @@
 """What most tests need, small enough to build anew each time: a tokenizer, models, rows, a trainer over them.
 
-    trainer = tiny.trainer(tmp_path, loss_type="ipo")      everything else by default
-    trainer.train()
-    tiny.losses(trainer), tiny.weights(trainer.model)
+trainer = tiny.trainer(tmp_path, loss_type="ipo")      everything else by default
+trainer.train()
+tiny.losses(trainer), tiny.weights(trainer.model)
 """
 
 from __future__ import annotations
@@ -183,9 +183,7 @@ def losses(made: DPOTrainer) -> list[float]:
 
 def weights(model: nn.Module, *, trainable: bool = False) -> dict[str, Tensor]:
     """A copy of every parameter by name."""
-    return {
-        name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad or not trainable
-    }
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad or not trainable}
 
 
 def assert_same_weights(got: dict[str, Tensor], want: dict[str, Tensor], atol: float = 0.0) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from datasets import IterableDataset
 
 from .mapping import BATCH, FEATURES, PairMapper
@@ -71,3 +73,25 @@ class StreamGate:
         elif not before or len(str(self.report.dropped)) > len(str(before)):
             lines = "; ".join(self.report.dropped_lines())
             logger.warning("%s: %s, of %d rows so far.", self.report.name, lines, self.report.rows)
+
+
+class FilledStream(torch.utils.data.IterableDataset):
+    """A prepared stream, filled up at its end with rows of weight 0 until all ranks have full batches.
+
+    accelerate would repeat the first rows of the stream there, and count them again.
+    """
+
+    def __init__(self, stream: IterableDataset, rows_of_all_ranks: int):
+        self.stream = stream
+        self.rows_of_all_ranks = rows_of_all_ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        count = 0
+        for row in self.stream:
+            count += 1
+            yield row
+        for _ in range(-count % self.rows_of_all_ranks):
+            yield {**row, "weight": 0.0}

@@ -1,0 +1,99 @@
+"""The runs that one process and two must agree on. Imported by the worker (under torchrun) and by the test (alone)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import tiny
+from datasets import Dataset, IterableDataset
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from dpo_trainer import DPOTrainer
+
+GLOBAL_BATCH = 8  # pairs of one micro-batch over all ranks; the test's only process takes them all
+
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+LORA = {"learning_rate": 1.0}
+
+# Options of the config, and under "rows" how many pairs there are: 24 fill every batch; 22 and 19 leave a short last one.
+# Under "pairs": another size of a micro-batch over all ranks.
+CELLS: dict[str, dict[str, Any]] = {
+    "full flat": {"rows": 24, "max_steps": 3, "layout": "flat"},
+    "full padded": {"rows": 24, "max_steps": 2, "layout": "padded"},
+    "full flat reentrant": {"rows": 24, "max_steps": 2, "layout": "flat", **REENTRANT},
+    "full flat accumulated": {"rows": 32, "max_steps": 2, "layout": "flat", "gradient_accumulation_steps": 2},
+    "lora flat accumulated": {"rows": 32, "max_steps": 2, "layout": "flat", "gradient_accumulation_steps": 2, **LORA},
+    "lora flat reentrant": {"rows": 24, "max_steps": 2, "layout": "flat", **REENTRANT, **LORA},
+    "lora continued": {"rows": 24, "max_steps": 2, **LORA},
+    "short last batch": {"rows": 22, "max_steps": 6},  # over two epochs: 8 + 8 + 6
+    "last batch of one rank": {"rows": 19, "max_steps": 3},  # 8 + 8 + 3: the other rank has nothing but repeats
+    "short last batch accumulated": {"rows": 27, "max_steps": 2, "gradient_accumulation_steps": 2},  # 16, then 8 + 3
+    "aot": {"rows": 24, "max_steps": 3, "loss_type": "aot"},
+    "aot halves": {"rows": 24, "max_steps": 3, "loss_type": "aot", "gradient_accumulation_steps": 2, "pairs": 4},
+    "aot_unpaired short": {"rows": 22, "max_steps": 3, "loss_type": "aot_unpaired"},
+    "bco_pair": {"rows": 22, "max_steps": 4, "loss_type": "bco_pair"},
+    "stream": {"rows": 24, "max_steps": 3},
+}
+EVAL_ROWS = 7
+
+
+def model(name: str) -> PreTrainedModel:
+    if name != "lora continued":
+        return tiny.llama()
+    adapted = get_peft_model(tiny.llama(), tiny.lora(), adapter_name="style")
+    tiny.fill_adapters(adapted)
+    return adapted
+
+
+def stream(rows: Dataset) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def make(name: str, folder: Path, ranks: int, **parts: Any) -> DPOTrainer:
+    options = dict(CELLS[name])
+    rows, pairs = tiny.dataset(options.pop("rows")), options.pop("pairs", GLOBAL_BATCH)
+    if name.startswith("aot"):  # margins of another model, in another order: else sorting would hardly show
+        parts["ref_model"] = tiny.llama(seed=5)
+    if name.startswith("lora") and name != "lora continued":
+        parts["peft_config"] = tiny.lora()
+    return tiny.trainer(
+        folder,
+        model=model(name),
+        train=stream(rows) if name == "stream" else rows,
+        parts=parts,
+        per_device_train_batch_size=pairs // ranks,
+        per_device_eval_batch_size=4 // ranks,
+        train_sampling_strategy="sequential" if name == "stream" else "random",
+        **options,
+    )
+
+
+def run(
+    name: str, folder: Path, ranks: int, look: Callable[[DPOTrainer], None] = lambda trainer: None
+) -> dict[str, Any]:
+    """Train, then evaluate on a few rows, as a table and as a stream: numbers as JSON takes them."""
+    seen: list[Any] = []
+    trainer = make(name, folder, ranks, compute_metrics=lambda prediction: seen.append(prediction) or {})
+    trainer.train()
+    look(trainer)
+    rows = tiny.dataset(EVAL_ROWS, seed=3)
+    metrics = trainer.evaluate(rows)
+    streamed = trainer.evaluate(stream(rows)) if name == "stream" else {}
+    from safetensors.torch import save_file
+
+    if trainer.is_world_process_zero():
+        save_file(tiny.weights(trainer.model), folder / f"{name}.safetensors")
+    return {
+        "lines": tiny.log_lines(trainer),
+        "eval": metrics,
+        "eval of the stream": streamed,
+        "state": trainer.objective.state_dict(),
+        "example_ids": seen[0].label_ids.tolist(),
+        "logps": seen[0].predictions["logps/chosen"].tolist(),
+    }

@@ -1,0 +1,77 @@
+"""One of the ranks: `torchrun --nproc_per_node 2 worker.py <folder>` runs every cell and writes what rank 0 saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch
+import torch.distributed as dist
+from cells import CELLS, run
+from datasets import Dataset
+from tiny import rows, trainer
+from transformers import set_seed
+
+from dpo_trainer import DPOTrainer, register_loss
+
+torch.set_num_threads(1)
+engines: dict[str, str] = {}
+
+
+def note_engine(made: DPOTrainer) -> None:
+    """What a wrong launch would not have; asserted by the test, for a wrong launch exits with 0."""
+    engines["world_size"] = str(made.accelerator.num_processes)
+    engines["distributed_type"] = made.accelerator.distributed_type.value
+    engines["engine"] = type(made.model_wrapped).__name__
+    engines["backend"] = dist.get_backend()
+
+
+@register_loss("nan_for_long_chosen", needs_reference=False)
+def nan_for_long_chosen(policy, reference, *, beta):
+    return -beta * policy.margin() + torch.where(policy.chosen_lengths > 30, torch.nan, 0.0)
+
+
+def stopped_by_nan(folder: Path) -> str:
+    """Row 2 is bad; in batches of 2 it is on rank 1. The message of this rank."""
+    bad = rows(4)
+    bad[2]["chosen"] = " " + "a" * 40
+    made = trainer(
+        folder,
+        train=Dataset.from_list(bad),
+        loss_type="nan_for_long_chosen",
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=2,
+        max_steps=1,
+    )
+    try:
+        made.train()
+    except FloatingPointError as error:
+        return str(error)
+    return "not stopped"
+
+
+def main(folder: Path) -> None:
+    results: dict[str, object] = {}
+    for name in CELLS:
+        set_seed(0)
+        try:
+            results[name] = run(name, folder, int(os.environ["WORLD_SIZE"]), note_engine)
+        except Exception:  # on both ranks alike, or the launch times out
+            results[name] = {"error": traceback.format_exc()}
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    errors: list[str | None] = [None] * ranks
+    dist.all_gather_object(errors, stopped_by_nan(folder))
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps({"cells": results, "engine": engines, "nan": errors}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
