@@ -85,6 +85,11 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
             disable_dropout(ref_model, lora=True)
 
     objective.router_weight = router_loss_weight(base_model(model), args.router_aux_loss_coef)
+    if objective.router_weight and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "The load-balancing loss (router_aux_loss_coef) gets no gradient out of reentrant checkpoints: leave "
+            "use_reentrant out of --gradient_checkpointing_kwargs, or switch the loss off with --router_aux_loss_coef 0."
+        )
     scorer = Scorer(model, stats=METRIC_STATS | objective.token_stats, router_loss=objective.router_weight > 0)
     reference = choose_reference(
         model,

@@ -159,6 +159,11 @@ class PairBatch:
             )
         completion, column = mask.nonzero(as_tuple=True)
         lengths = mask.sum(1)
+        if not lengths.all():
+            row = int((lengths == 0).nonzero()[0])
+            raise ValueError(
+                f"completion_mask marks no token in row {row}: every row needs a completion. Drop such pairs."
+            )
         first = lengths.cumsum(0) - lengths
         pairs = torch.arange(rows // 2, device=input_ids.device)
         return cls(

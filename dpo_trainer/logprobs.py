@@ -11,18 +11,17 @@ returns their log-probs [1, M] where the model expected logits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .attention import SharedPromptAttention
 from .batch import PairBatch, PairLogps, TokenLogps
+from .head import Head, score_chunks, scoring_head, stats_of
 
 METRIC_STATS = frozenset({"entropy", "is_top1", "mean_logit"})
 """Per-token outputs for the log line; they come from the same logits chunk as the log-probs."""
@@ -116,11 +115,11 @@ def _score_in_head(
 ) -> tuple[TokenLogps, Tensor | None]:
     scored: dict[str, Tensor] = {}
 
-    def score(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        scored.update(_score_chunks(head, _states(hidden, batch), batch.target_ids, stats))
+    def score(head: Head, hidden: Tensor) -> Tensor:
+        scored.update(score_chunks(head, _states(hidden, batch), batch.target_ids, stats))
         return scored["logps"][None]
 
-    with _scoring_head(base_model(model), score):
+    with scoring_head(base_model(model), score):
         outputs = model(**_model_inputs(batch), **more)
     # The differentiable log-probs leave through the model's output, where wrappers attach their hooks.
     scored["logps"] = outputs.logits.reshape(-1)
@@ -138,7 +137,7 @@ def _score_logits(
     """The plain way: all logits of the rows, as the model returns them. The yardstick, and the last resort."""
     outputs = model(**_model_inputs(batch), **more)
     logits = _states(outputs.logits, batch)
-    return _token_logps(batch, _stats_of(logits, batch.target_ids, stats)), getattr(
+    return _token_logps(batch, stats_of(logits, batch.target_ids, stats)), getattr(
         outputs, "aux_loss", None
     ) if more else None
 
@@ -161,118 +160,3 @@ def _states(hidden: Tensor, batch: PairBatch) -> Tensor:
     if extra:
         at = at + (torch.div(at, batch.input_ids.shape[1], rounding_mode="floor") + 1) * extra
     return hidden.flatten(0, 1).index_select(0, at)
-
-
-def _stats_of(logits: Tensor, targets: Tensor, stats: frozenset[str]) -> dict[str, Tensor]:
-    """[B, V] logits -> the log-prob of each target (differentiable) and the extras (not), float32 [B] each."""
-    logits = logits.float()
-    logps = -F.cross_entropy(logits, targets, reduction="none")
-    out = {"logps": logps}
-    with torch.no_grad():
-        if stats & {"entropy", "log_sum_sq"}:
-            probs = logits.softmax(1)
-        if "entropy" in stats:
-            log_normaliser = logits.gather(1, targets[:, None])[:, 0] - logps
-            out["entropy"] = log_normaliser - torch.linalg.vecdot(probs, logits)
-        if "log_sum_sq" in stats:
-            out["log_sum_sq"] = torch.linalg.vecdot(probs, probs).log()
-        if "is_top1" in stats:
-            out["is_top1"] = (logits.argmax(1) == targets).float()
-        if "mean_logit" in stats:
-            out["mean_logit"] = logits.mean(1)
-    return out
-
-
-def _score_chunks(
-    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, stats: frozenset[str]
-) -> dict[str, Tensor]:
-    """[M, D] -> [M] each. Logits live for one chunk; backward recomputes them chunk by chunk."""
-    names = ["logps", *sorted(stats)]
-
-    def score(states_BD: Tensor, targets_B: Tensor) -> tuple[Tensor, ...]:
-        out = _stats_of(head(states_BD), targets_B, stats)
-        return tuple(out[name] for name in names)
-
-    size = chunk_size(head, states)
-    chunks = list(zip(states.split(size), targets.split(size), strict=True))
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        # Dropout inside the head (LoRA on it) must repeat itself in the recomputation; nothing else there is random.
-        keep_rng = any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in _module_of(head).modules())
-        rows = [checkpoint(score, *c, use_reentrant=False, preserve_rng_state=keep_rng) for c in chunks]
-    else:
-        rows = [score(*c) for c in chunks]
-    return {name: torch.cat(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=True)}
-
-
-def _module_of(head: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The module whose (possibly wrapped) `forward` this is; an empty one where the callable does not tell."""
-    owner = getattr(head, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else nn.Module()
-
-
-def chunk_size(head: Callable[[Tensor], Tensor], states: Tensor) -> int:
-    """Scored tokens per chunk: as many as keep a float32 chunk of logits at 64 MB on a CPU, 512 MB on an accelerator.
-
-    Small enough to be nothing beside the model, large enough for matrix products to run at full speed.
-    """
-    vocabulary = getattr(_module_of(head), "out_features", None) or 32_768
-    return max(64, (2**24 if states.device.type == "cpu" else 2**27) // vocabulary)
-
-
-@contextlib.contextmanager
-def _scoring_head(model: PreTrainedModel, score: Callable[[Callable, Tensor], Tensor]) -> Iterator[None]:
-    """For the time of a forward: `score(original head, hidden states)` instead of the output embedding's `forward`.
-
-    What the model does to its logits after the head would hit log-probs: it is switched off, and done in the chunk.
-    """
-    module = model.get_output_embeddings()
-    original, was_patched = module.forward, "forward" in module.__dict__
-    with _without_logit_changes(model) as change:
-        head = original if change is None else _Changed(original, change)
-        module.forward = lambda hidden, *args, **kwargs: score(head, hidden)
-        try:
-            yield
-        finally:
-            if was_patched:  # by accelerate's device hooks, which put their forward on the instance as well
-                module.forward = original
-            else:
-                del module.forward
-
-
-class _Changed:
-    """The original head followed by what the model does to its logits."""
-
-    def __init__(self, head: Callable[[Tensor], Tensor], change: Callable[[Tensor], Tensor]):
-        self.head, self.change = head, change
-        self.__self__ = _module_of(head)
-
-    def __call__(self, states: Tensor) -> Tensor:
-        return self.change(self.head(states))
-
-
-@contextlib.contextmanager
-def _without_logit_changes(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor] | None]:
-    """Neutralise soft caps and scales that a model applies to its logits; yield the same as a function of the logits.
-
-    A model with a change that is not listed here is found by the check on the first batch.
-    """
-    config = model.config.get_text_config(decoder=True)
-    found: list[tuple[Any, str, Any]] = []  # owner, attribute, neutral value
-    change: Callable[[Tensor], Tensor] | None = None
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2, 3, 3n, VaultGemma ...
-        found.append((config, "final_logit_softcapping", None))
-        change = lambda logits: torch.tanh(logits.float() / cap) * cap  # noqa: E731
-    elif isinstance(scale := getattr(model, "logit_scale", None), float | int):  # Cohere
-        found.append((model, "logit_scale", 1.0))
-        change = lambda logits: logits * scale  # noqa: E731
-    elif config.model_type.startswith("granite") and (divisor := getattr(config, "logits_scaling", None)):
-        found.append((config, "logits_scaling", 1.0))
-        change = lambda logits: logits / divisor  # noqa: E731
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in found]
-    for owner, name, neutral in found:
-        setattr(owner, name, neutral)
-    try:
-        yield change
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)

@@ -8,13 +8,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("WANDB_MODE", "disabled")
-for launched in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-    os.environ.pop(launched, None)
+os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
 from transformers import set_seed
+
+for launched in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(launched, None)
 
 # Matrices of 32 columns gain nothing from threads, and sums come out in one order on every machine.
 torch.set_num_threads(1)

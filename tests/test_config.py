@@ -91,7 +91,7 @@ def test_bf16_asks_the_gpu_and_not_for_an_emulation(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
-    config._computes_in_bfloat16(use_cpu=False)
+    config._computes_in_bfloat16(False)
     assert asked == [False]
 
 

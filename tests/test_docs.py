@@ -80,7 +80,7 @@ def test_check_notices_a_stale_page_and_changes_nothing(copied, capsys):
     assert generate.main(["--check"], copied) == 0
 
 
-def test_a_losss_of_the_user_is_not_documented(monkeypatch):
+def test_a_loss_of_the_user_is_not_documented(monkeypatch):
     monkeypatch.setitem(LOSSES._items, "mine", type(LOSSES["sigmoid"])(name="mine", function=lambda p, r, *, beta: p))
     assert "mine" in LOSSES
     assert "mine" not in generate.builtin_losses()

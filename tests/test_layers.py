@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dpo_trainer"
 ORDER: list[set[str]] = [
     {"registry", "batch"},
     {"data"},
-    {"attention"},
+    {"attention", "head"},
     {"logprobs"},
     {"layout"},
     {"reference"},

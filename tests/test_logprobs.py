@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
+from dpo_trainer import head as head_module
 from dpo_trainer import logprobs
 from dpo_trainer.batch import PairBatch, PairLogps
 from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.logprobs import METRIC_STATS, Scorer, base_model, chunk_size, evaluation_mode, router_loss_weight
+from dpo_trainer.head import Head, chunk_size, stats_of
+from dpo_trainer.logprobs import METRIC_STATS, Scorer, base_model, evaluation_mode, router_loss_weight
 
 PAIRS = oracles.random_pairs([(5, 3, 6), (1, 1, 1), (9, 4, 2)])  # 17 scored tokens
 LAYOUTS = {"flat": flat_inputs, "padded": padded_inputs}
@@ -96,7 +98,7 @@ def test_against_the_oracle(head, layout, chunk, monkeypatch):
     """17 scored tokens in 1, 17 or 5 chunks: the last one shorter than the others."""
     model, calls = HEADS[head](), []
     if chunk is not None:
-        monkeypatch.setattr(logprobs, "chunk_size", lambda *_: calls.append(chunk) or chunk)
+        monkeypatch.setattr(head_module, "chunk_size", lambda *_: calls.append(chunk) or chunk)
     got, gradients = score(model, layout)
     assert_equals_oracle(got, gradients, oracles.answer(model, PAIRS))
     assert bool(calls) == (chunk is not None)
@@ -148,7 +150,7 @@ def test_bfloat16_models_sum_in_float32():
 def test_chunks_change_nothing(head, monkeypatch):
     """Log-probs, gradients and every statistic, against one chunk. float32, other shapes of the same products: 1e-6."""
     whole, whole_gradients = score(HEADS[head](), stats=STATS)
-    monkeypatch.setattr(logprobs, "chunk_size", lambda *_: 3)
+    monkeypatch.setattr(head_module, "chunk_size", lambda *_: 3)
     parts, part_gradients = score(HEADS[head](), stats=STATS)
     for name in ("logps", *STATS):
         torch.testing.assert_close(getattr(parts.tokens, name), getattr(whole.tokens, name), rtol=1e-5, atol=1e-5)
@@ -161,12 +163,12 @@ def test_recomputed_chunks_repeat_their_dropout(dropout, monkeypatch):
 
     The same run without recomputation draws the same masks from the same seed, so it is equal to the last bits.
     """
-    monkeypatch.setattr(logprobs, "chunk_size", lambda *_: 4)
+    monkeypatch.setattr(head_module, "chunk_size", lambda *_: 4)
     model = with_adapter(target_modules=["lm_head"], lora_dropout=dropout).train()
     torch.manual_seed(3)
     recomputed, gradients = score(model)
 
-    monkeypatch.setattr(logprobs, "checkpoint", lambda function, *args, **_: function(*args))
+    monkeypatch.setattr(head_module, "checkpoint", lambda function, *args, **_: function(*args))
     torch.manual_seed(3)
     kept, kept_gradients = score(model)
     torch.testing.assert_close(sums(recomputed), sums(kept), rtol=0, atol=1e-5)
@@ -183,9 +185,10 @@ def test_recomputed_chunks_repeat_their_dropout(dropout, monkeypatch):
 def test_chunk_size_on_a_cpu(vocabulary, tokens):
     """2^24 float32 logits, 64 MB, and never fewer than 64 tokens."""
     with torch.device("meta"):
-        head, states = nn.Linear(8, vocabulary), torch.empty(1, 8)
-    assert chunk_size(head.forward, torch.empty(1, 8)) == tokens
-    assert chunk_size(head.forward, states) == max(64, 2**27 // vocabulary), "512 MB on an accelerator"
+        module, states = nn.Linear(8, vocabulary), torch.empty(1, 8)
+    head = Head(module, module.forward)
+    assert chunk_size(head, torch.empty(1, 8)) == tokens
+    assert chunk_size(head, states) == max(64, 2**27 // vocabulary), "512 MB on an accelerator"
 
 
 class LargestTensor(TorchDispatchMode):
@@ -216,7 +219,7 @@ def test_the_logits_of_a_batch_never_exist(head, layout, monkeypatch):
     """Nothing as large as [M, V], in forward or backward: the largest tensor is the head's own matrix [V, D]."""
     pairs = oracles.random_pairs([(2, 60, 50), (3, 70, 40)])
     scored, chunk, width = 60 + 50 + 70 + 40, 16, 32
-    monkeypatch.setattr(logprobs, "chunk_size", lambda *_: chunk)
+    monkeypatch.setattr(head_module, "chunk_size", lambda *_: chunk)
     model = LARGE_HEADS[head]()
     batch = PairBatch.from_inputs(LAYOUTS[layout](pairs, 0))
 
@@ -234,7 +237,7 @@ def test_the_logits_of_a_batch_never_exist(head, layout, monkeypatch):
 
 def test_no_chunk_is_kept_for_backward(monkeypatch):
     """Small chunks that all wait for backward would be [M, V] again: what forward saves holds no logits at all."""
-    monkeypatch.setattr(logprobs, "chunk_size", lambda *_: 16)
+    monkeypatch.setattr(head_module, "chunk_size", lambda *_: 16)
     model = tiny.llama(vocab_size=LARGE)
     batch = PairBatch.from_inputs(flat_inputs(oracles.random_pairs([(2, 60, 50)]), 0))
 
@@ -257,7 +260,7 @@ def test_no_chunk_is_kept_for_backward(monkeypatch):
 def test_statistics_by_hand():
     """Logits (0, ln 3) -> p = (1/4, 3/4). Entropy ln 4 - 3/4 ln 3, log of summed squares ln(1/16 + 9/16)."""
     logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
-    out = logprobs._stats_of(logits, torch.tensor([0, 1]), STATS)
+    out = stats_of(logits, torch.tensor([0, 1]), STATS)
     assert out["logps"].tolist() == pytest.approx([math.log(1 / 4), math.log(3 / 4)], abs=1e-6)
     assert out["entropy"].tolist() == pytest.approx([math.log(4) - 0.75 * math.log(3)] * 2, abs=1e-6)
     assert out["log_sum_sq"].tolist() == pytest.approx([math.log(10 / 16)] * 2, abs=1e-6)

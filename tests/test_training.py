@@ -731,8 +731,8 @@ def test_tokenizer_without_pad_works_with_eos(tmp_path, caplog):
 def test_conversations_without_a_template(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
+    rows = Dataset.from_list(tiny.chat_rows(3))
     with pytest.raises(ValueError, match=r"Row 0 of train is a conversation, and the tokenizer has no chat template"):
-        rows = Dataset.from_list(tiny.chat_rows(3))
         tiny.trainer(tmp_path, train=rows, parts={"processing_class": tokenizer})
 
 

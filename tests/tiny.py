@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = "cat dog owl eats sees likes milk figs hay now not".split()
+WORDS = ["cat", "dog", "owl", "eats", "sees", "likes", "milk", "figs", "hay", "now", "not"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -48,7 +48,7 @@ class DataCollatorForPreference:
 
 def _read(row: Mapping[str, Any], index: int) -> TokenizedPair:
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        if not len(row.get(name, ())):
+        if row.get(name) is None or not len(row[name]):
             raise ValueError(
                 f"Row {row.get('example_id', index)} of the batch has no {name}: a pair needs at least one token of prompt, "
                 "chosen and rejected. Tokenize with DPOTrainer, or drop such rows."
