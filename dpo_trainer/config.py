@@ -97,7 +97,9 @@ class DPOConfig(TrainingArguments):
         default=0.5, metadata={"help": "The alpha of --f_divergence_type alpha_divergence, in (0, 1)."}
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of `discopop`, > 0."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "Target reward margin of `simpo`, nats."})
+    simpo_gamma: float = field(
+        default=0.5, metadata={"help": "Target reward margin of `simpo`, >= 0, in units of the reward."}
+    )
     ipo_normalization: str = field(
         default="token",
         metadata=choices(
@@ -112,7 +114,7 @@ class DPOConfig(TrainingArguments):
     )
     chi_po_reward_bound: float | None = field(
         default=None,
-        metadata={"help": "R of `chi_po`, > 0: scores are clipped to [-2R, 2R] before beta. None: no clip."},
+        metadata={"help": "R of `chi_po`, > 0: its scores, times beta, are clipped to [-2R, 2R]. None: no clip."},
     )
 
     # --- the reference ---
@@ -293,10 +295,9 @@ class DPOConfig(TrainingArguments):
             setattr(self, f"{name}_kwargs", self.gradient_checkpointing_kwargs)
 
     def _resolve_precision(self) -> None:
-        if self.bf16 is not None:
-            return
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.bf16 = not self.fp16 and _computes_in_bfloat16(on_cpu)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _computes_in_bfloat16(on_cpu)
         # transformers takes bfloat16 on a CPU only where it was told that the CPU is meant.
         self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
 

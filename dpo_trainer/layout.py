@@ -114,7 +114,7 @@ class Layout:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does with rows or heads that it was not written for
-            return f"{layout}: {type(error).__name__}: {error}"
+            return f"{layout}: {type(error).__name__}: {str(error).rstrip('.')}"
         limit = TOLERANCE[self.autocast or base_model(model).dtype]
         for what, a, b in zip(("log-probs", "gradients"), got, want, strict=True):
             difference = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()

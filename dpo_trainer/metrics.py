@@ -3,8 +3,8 @@
     rewards/*  beta * (log-prob under the policy - under the reference), nats * beta      logps/*  nats per completion
     entropy    nats per completion token                                                 logits/* mean logit per token
 
-Rewards and log-probs are of whole completions: `--ld_alpha` shapes the loss alone. Means of pairs are over pairs, means of tokens over tokens, on all ranks, since the last line; rows that only fill an
-uneven batch do not count.
+Rewards and log-probs are of whole completions: `--ld_alpha` shapes the loss alone. Means of pairs are over pairs, means of
+tokens over tokens, on all ranks, since the last line; rows that only fill an uneven batch do not count.
 """
 
 from __future__ import annotations

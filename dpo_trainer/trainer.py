@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -83,6 +83,7 @@ class DPOTrainer(Trainer):
         args = DPOConfig() if args is None else args
         if (model is None) == (model_init is None):
             raise ValueError("Give DPOTrainer either a model or a model_init that makes one.")
+        set_seed(args.seed)  # before an adapter is initialised
         # Read before Trainer.__init__ sets it as well.
         self.args = args
         self.given = Given(

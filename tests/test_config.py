@@ -87,6 +87,14 @@ def test_bf16_defaults_to_what_the_cpu_really_computes(supported, monkeypatch):
     assert make(bf16=True).bf16 is True
 
 
+def test_cpu_is_chosen_by_itself_where_bf16_would_need_a_gpu(monkeypatch):
+    """transformers refuses --bf16 on a machine without a GPU unless --use_cpu is there as well."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    args = DPOConfig(output_dir="out", report_to=[])
+    assert args.bf16
+    assert args.device.type == "cpu"
+
+
 def test_bf16_asks_the_gpu_and_not_for_an_emulation(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

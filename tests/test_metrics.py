@@ -194,6 +194,19 @@ def test_evaluation_does_not_depend_on_the_batch_size(tmp_path):
     assert abs(spread[0] - spread[1]) > 1e-4  # rows differ, or every mean would be the same
 
 
+def test_evaluation_after_an_interrupted_one(tmp_path, monkeypatch):
+    """Sums of the batches before Ctrl-C must not enter the next evaluation."""
+    trainer = tiny.trainer(tmp_path, parts={"ref_model": tiny.llama(seed=5)}, per_device_eval_batch_size=2)
+    want = trainer.evaluate(tiny.dataset(4, seed=3))["eval_logps/chosen"]
+    step = trainer.prediction_step
+    calls = iter([step, step, None])
+    monkeypatch.setattr(trainer, "prediction_step", lambda *args, **kwargs: next(calls)(*args, **kwargs))
+    with pytest.raises(TypeError):
+        trainer.evaluate(tiny.dataset(6, seed=9))
+    monkeypatch.setattr(trainer, "prediction_step", step)
+    assert trainer.evaluate(tiny.dataset(4, seed=3))["eval_logps/chosen"] == want
+
+
 def test_weights_of_rows_enter_the_loss(tmp_path):
     rows = tiny.rows(4)
     trainer = tiny.trainer(tmp_path, parts={"ref_model": tiny.llama(seed=5)})
@@ -245,16 +258,16 @@ def test_num_tokens_counts_what_is_computed(tmp_path):
 
 
 @pytest.mark.parametrize("logging_steps", [1, 2], ids=["line at the checkpoint", "line after the checkpoint"])
-def test_num_tokens_survives_resume(logging_steps, tmp_path):
-    """From a checkpoint at step 3: also the tokens of the steps between the last line and the checkpoint."""
+def test_lines_survive_resume(logging_steps, tmp_path):
+    """From a checkpoint at step 3: `num_tokens` and all means, also of steps between the last line and the checkpoint."""
     how = {"logging_steps": logging_steps, "save_steps": 3}
     whole = tiny.trained(tmp_path, save_strategy="steps", **how)
     resumed = tiny.trainer(tmp_path, **how)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    want = [line["num_tokens"] for line in tiny.log_lines(whole)]
-    assert len(want) == 4 // logging_steps
-    assert len(set(want)) == len(want)
-    assert [line["num_tokens"] for line in tiny.log_lines(resumed)] == want
+    kept = {"num_tokens", *METRICS} - {"aux_loss"}
+    want = [{name: line[name] for name in kept} for line in tiny.log_lines(whole)]
+    assert len(want) == len({line["num_tokens"] for line in want}) == 4 // logging_steps
+    assert [{name: line[name] for name in kept} for line in tiny.log_lines(resumed)] == want
 
 
 def test_compute_metrics_receives_pairs(tmp_path):

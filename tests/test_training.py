@@ -214,6 +214,17 @@ def test_stream_equals_table(layout, tmp_path):
     tiny.assert_same_weights(tiny.weights(stream.model), tiny.weights(table.model))
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["table", "stream"])
+def test_loader_workers_change_nothing(streamed, tmp_path):
+    """Batches, their segments included, come through worker processes; every row once."""
+    rows = as_stream(tiny.dataset()) if streamed else None
+    how: dict[str, Any] = {"train_sampling_strategy": "sequential", "max_steps": 3}
+    plain = tiny.trained(tmp_path, **how)
+    workers = tiny.trained(tmp_path, train=rows, dataloader_num_workers=1 if streamed else 2, **how)
+    assert tiny.losses(workers) == tiny.losses(plain)
+    tiny.assert_same_weights(tiny.weights(workers.model), tiny.weights(plain.model))
+
+
 def test_stream_names_the_same_pair_alike(tmp_path):
     """`example_ids` of a stream do not depend on where the pair stands in it."""
     trainer = tiny.trainer(tmp_path, train=as_stream(tiny.dataset(6)))
@@ -453,6 +464,14 @@ def test_router_loss_follows_the_model_unless_told(tmp_path):
     assert tiny.trainer(tmp_path, model=tiny.mixtral(output_router_logits=False)).objective.router_weight == 0
     with pytest.raises(ValueError, match=r"--router_aux_loss_coef 0.1 needs a mixture-of-experts model.*Leave"):
         tiny.trainer(tmp_path, router_aux_loss_coef=0.1)
+
+
+def test_router_loss_under_reentrant_checkpoints_is_refused(tmp_path):
+    """It gets no gradient there, and would be logged as if it did."""
+    how: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef.*reentrant.*--router_aux_loss_coef 0"):
+        tiny.trainer(tmp_path, model=tiny.mixtral(), router_aux_loss_coef=0.1, **how)
+    assert tiny.trainer(tmp_path, model=tiny.mixtral(), **how).objective.router_weight == 0
 
 
 # --- dropout ---

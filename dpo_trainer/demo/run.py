@@ -18,7 +18,7 @@ from ..config import DPOConfig
 from ..trainer import DPOTrainer
 from . import curves, results, world
 from .base_model import demo_model_and_tokenizer
-from .pairs import demo_datasets
+from .pairs import EVAL_SPLITS, demo_datasets
 from .results import Goal, Measurement, SavedModel
 
 ROWS_BETWEEN = 3  # checkpoints shown in the table between base and final
@@ -48,7 +48,6 @@ def demo_config_defaults() -> dict[str, Any]:
         "beta": 0.5,
         "rpo_alpha": 1.0,
         "learning_rate": 1e-3,
-        "warmup_steps": 8,
         "num_train_epochs": 3,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
@@ -190,20 +189,24 @@ def _text(result: DemoResult, trainer: DPOTrainer) -> str:
 
 
 def _verdict(result: DemoResult, trainer: DPOTrainer) -> str:
-    """In words, with the path of the chosen log-prob: it is what loss and margin do not show."""
-    metric = f"eval_{world.TARGET_NAME}_logps/chosen"
-    logps = [line[metric] for line in trainer.state.log_history if metric in line]
-    path = "There was no evaluation to tell the path of the chosen log-prob."
-    if logps:
-        path = f"{world.TARGET_NAME}'s chosen log-prob went from {logps[0]:.2f} to {logps[-1]:.2f} nats."
+    """In words, with the path of the chosen log-probs: it is what loss and margin do not show."""
+    path = " ".join(_path(trainer.state.log_history, split) for split in EVAL_SPLITS)
     if result.reached:
-        return f"{path} All goals reached."
+        return f"{path}\nAll goals reached."
     if not trainer.args.rpo_alpha:
         return (
-            f"{path} Without an NLL term nothing holds the answers themselves: the loss only asks that chosen stays\n"
-            "ahead of rejected, and both may fall. Compare with a run at the demo's default of --rpo_alpha 1."
+            f"{path}\nWithout an NLL term nothing holds the answers themselves: the loss only asks that chosen stays "
+            "ahead of rejected, and both may fall.\nCompare with a run at the demo's default of --rpo_alpha 1."
         )
-    return f"{path} Some goals were missed: the demo's default options reach them all."
+    return f"{path}\nSome goals were missed: the demo's default options reach them all."
+
+
+def _path(log: curves.Log, split: str) -> str:
+    metric = f"eval_{split}_logps/chosen"
+    logps = [line[metric] for line in log if metric in line]
+    return (
+        f"Chosen log-prob, {split}: {logps[0]:.2f} to {logps[-1]:.2f} nats." if logps else f"{split}: no evaluation."
+    )
 
 
 def _shares(measured: Measurement) -> str:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 from datasets import Dataset, IterableDataset
 from peft import get_peft_model
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from dpo_trainer import DPOTrainer
@@ -39,6 +40,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "aot_unpaired short": {"rows": 22, "max_steps": 3, "loss_type": "aot_unpaired"},
     "bco_pair": {"rows": 22, "max_steps": 4, "loss_type": "bco_pair"},
     "stream": {"rows": 24, "max_steps": 3},
+    "resumed": {"rows": 22, "max_steps": 4, "logging_steps": 2},  # from step 3, between two lines
 }
 EVAL_ROWS = 7
 
@@ -55,8 +57,8 @@ def stream(rows: Dataset) -> IterableDataset:
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
-def make(name: str, folder: Path, ranks: int, **parts: Any) -> DPOTrainer:
-    options = dict(CELLS[name])
+def make(name: str, folder: Path, ranks: int, *, saving: bool = False, **parts: Any) -> DPOTrainer:
+    options = dict(CELLS[name]) | ({"save_strategy": "steps", "save_steps": 3} if saving else {})
     rows, pairs = tiny.dataset(options.pop("rows")), options.pop("pairs", GLOBAL_BATCH)
     if name.startswith("aot"):  # margins of another model, in another order: else sorting would hardly show
         parts["ref_model"] = tiny.llama(seed=5)
@@ -80,13 +82,13 @@ def run(
     """Train, then evaluate on a few rows, as a table and as a stream: numbers as JSON takes them."""
     seen: list[Any] = []
     trainer = make(name, folder, ranks, compute_metrics=lambda prediction: seen.append(prediction) or {})
-    trainer.train()
+    if name == "resumed":
+        make(name, folder, ranks, saving=True).train()
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if name == "resumed" else None)
     look(trainer)
     rows = tiny.dataset(EVAL_ROWS, seed=3)
     metrics = trainer.evaluate(rows)
     streamed = trainer.evaluate(stream(rows)) if name == "stream" else {}
-    from safetensors.torch import save_file
-
     if trainer.is_world_process_zero():
         save_file(tiny.weights(trainer.model), folder / f"{name}.safetensors")
     return {

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 
-# float32: the sums of two ranks are added in another order. Worst seen 2e-7 in a loss, 1e-7 in a weight; a gradient that
-# was averaged over micro-batches of unequal size is off by a tenth.
+# float32: the sums of two ranks are added in another order. Worst seen 2.4e-7 in a loss, 2.1e-7 of any mean and 1.2e-7 in a
+# weight; weights move by more than a hundred times the tolerance (asserted below).
 ATOL = 1e-5
 
 # Of a log line: means over pairs and tokens. (Tokens that only fill a batch are computed, so `num_tokens` counts them.)
@@ -72,7 +72,7 @@ def test_there_really_were_two_processes(together):
 def test_every_line_equals_one_process(name, together, alone):
     assert "error" not in together["cells"][name], together["cells"][name]["error"]
     want, got = alone(name)["lines"], together["cells"][name]["lines"]
-    assert len(got) == len(want) == CELLS[name]["max_steps"]
+    assert len(got) == len(want) == CELLS[name]["max_steps"] // CELLS[name].get("logging_steps", 1)
     for step, (a, b) in enumerate(zip(got, want, strict=True), start=1):
         assert {m: a[m] for m in MEANS} == pytest.approx({m: b[m] for m in MEANS}, rel=1e-6, abs=ATOL), step
     assert len({line["loss"] for line in want}) > 1
