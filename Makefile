@@ -4,7 +4,7 @@ PYTHON ?= python3
 # constraints.txt names the torch release that also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-gpu check docs bench clean
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -22,6 +22,9 @@ demo: .venv/installed
 test: .venv/installed-dev
 	.venv/bin/python -m pytest
 
+test-gpu: .venv/installed-dev
+	DPO_TRAINER_TEST_GPU=1 .venv/bin/python -m pytest tests/gpu
+
 check: .venv/installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -30,6 +33,15 @@ check: .venv/installed-dev
 
 docs: .venv/installed-dev
 	.venv/bin/python docs/generate.py
+
+# TRL in an environment of its own, then both trainers in one run on each of the two datasets in ../shared/data
+.venv-trl/bin/python:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements-trl.txt
+
+bench: .venv/installed .venv-trl/bin/python
+	.venv/bin/python benchmarks/beside_trl.py --data hh
+	.venv/bin/python benchmarks/beside_trl.py --data ultrafeedback
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -223,7 +223,9 @@ class DPOConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "bfloat16 mixed precision. Default: on where the device computes in bfloat16, unless --fp16."
+            "help": "bfloat16 mixed precision. Default: on where the device computes in bfloat16, unless --fp16.",
+            "nargs": "?",
+            "const": True,
         },
     )
     use_cpu: bool = field(

@@ -1,4 +1,7 @@
-"""Every test runs offline, on the CPU, in one thread, and from the same random state."""
+"""Every test runs offline, on the CPU, in one thread, and from the same random state.
+
+`DPO_TRAINER_TEST_GPU=1` (make test-gpu) leaves the GPU in sight, for the tests in gpu/.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import os
 # Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if not os.environ.get("DPO_TRAINER_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["WANDB_MODE"] = "disabled"
 
 import pytest

@@ -1,6 +1,6 @@
 """The CUDA path of flat rows: torch's variable-length kernel, whose queries are fewer than its keys behind a prefix.
 
-    python -m pytest --noconftest tests/gpu
+    make test-gpu
 
 (The other tests hide the GPU in conftest.py, so these skip when they run along with them.) Stands alone, for the same reason.
 """
@@ -20,9 +20,7 @@ from dpo_trainer.layout import Layout
 from dpo_trainer.logprobs import Scorer
 
 pytestmark = [
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU (and --noconftest, which leaves it visible)"
-    ),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make test-gpu)"),
     pytest.mark.skipif(attention.varlen_attn is None, reason="torch.nn.attention.varlen needs torch >= 2.10"),
 ]
 
