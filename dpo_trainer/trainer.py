@@ -89,7 +89,6 @@ class DPOTrainer(Trainer):
         self.given = Given(
             args=args, ref_model=ref_model, peft_config=peft_config, quantization_config=quantization_config
         )
-        self.objective = Objective.from_config(args)
         self.model_init = model_init
         start = self.given.policy(model if model is not None else super().call_model_init())
         tokenizer = processing_class or load_tokenizer(
@@ -99,12 +98,7 @@ class DPOTrainer(Trainer):
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         model = self._assemble(start)
         self.data_reports: dict[str, DataReport] = {}
-        if train_dataset is not None:
-            train_dataset = self._prepared(train_dataset, "train")
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: self._prepared(rows, f"eval {name}") for name, rows in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._prepared(eval_dataset, "eval")
+        train_dataset, eval_dataset = self._prepared(train_dataset, "train"), self._prepared(eval_dataset, "eval")
         if data_collator is None:
             data_collator = DataCollatorForPreference(self.pad_token_id, self.layout.name, args.pad_to_multiple_of)
 
@@ -126,16 +120,8 @@ class DPOTrainer(Trainer):
         self.model_init = model_init
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        has_router = self.objective.router_weight > 0
-        self.finite = FiniteCheck()
-        self.metrics = {
-            "train": MetricSums(aux_loss=has_router, also=self.finite.watch),
-            "eval": MetricSums(aux_loss=has_router),
-        }
         self.activations = partial(save_on_cpu, pin_memory=True) if args.activation_offloading else nullcontext
-        self.falling_chosen = FallingChosenWarning(args.beta, has_reference=self.objective.needs_reference)
-        self.num_tokens = 0
-        self._logged_at = time.perf_counter()
+        self._start_counting()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
         place_reference(self.reference, self.accelerator)
@@ -143,17 +129,35 @@ class DPOTrainer(Trainer):
     # --- the parts, built once ---
 
     def _assemble(self, model: nn.Module) -> nn.Module:
+        self.objective = Objective.from_config(self.args)
         parts = assemble(model, self.given, self.objective, self.pad_token_id)
         self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
         return parts.model
 
+    def _start_counting(self) -> None:
+        has_router = self.objective.router_weight > 0
+        self.finite = FiniteCheck()
+        self.metrics = {
+            "train": MetricSums(aux_loss=has_router, also=self.finite.watch),
+            "eval": MetricSums(aux_loss=has_router),
+        }
+        self.falling_chosen = FallingChosenWarning(self.args.beta, has_reference=self.objective.needs_reference)
+        self.num_tokens = 0
+        self._logged_at = time.perf_counter()
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Each trial of a hyperparameter search starts from a new model, and from new parts around it."""
+        """Each trial of a hyperparameter search has a new model, and perhaps other options: all parts are made anew."""
         model = self._assemble(super().call_model_init(trial))
         place_reference(self.reference, self.accelerator)
+        self._start_counting()
         return model
 
-    def _prepared(self, dataset: Rows, name: str) -> Rows:
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        """Rows of any form -> token ids, for one dataset or a dict of them."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, Mapping):
+            return {key: self._prepared(rows, f"{name} {key}") for key, rows in dataset.items()}
         args = self.args
         with args.main_process_first(desc=f"preparing the {name} data"):
             dataset, report = prepare_dataset(
