@@ -98,7 +98,10 @@ class DPOTrainer(Trainer):
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         model = self._assemble(start)
         self.data_reports: dict[str, DataReport] = {}
-        train_dataset, eval_dataset = self._prepared(train_dataset, "train"), self._prepared(eval_dataset, "eval")
+        if train_dataset is not None:
+            train_dataset = self._prepared(train_dataset, "train")
+        if eval_dataset is not None:
+            eval_dataset = self._prepared_evaluation(eval_dataset)
         if data_collator is None:
             data_collator = DataCollatorForPreference(self.pad_token_id, self.layout.name, args.pad_to_multiple_of)
 
@@ -152,12 +155,13 @@ class DPOTrainer(Trainer):
         self._start_counting()
         return model
 
-    def _prepared(self, dataset: Any, name: str) -> Any:
-        """Rows of any form -> token ids, for one dataset or a dict of them."""
-        if dataset is None:
-            return None
-        if isinstance(dataset, Mapping):
-            return {key: self._prepared(rows, f"{name} {key}") for key, rows in dataset.items()}
+    def _prepared_evaluation(self, datasets: Rows | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
+        if isinstance(datasets, Mapping):
+            return {name: self._prepared(rows, f"eval {name}") for name, rows in datasets.items()}
+        return self._prepared(datasets, "eval")
+
+    def _prepared(self, dataset: Rows, name: str) -> Rows:
+        """Rows of any form -> token ids, counted."""
         args = self.args
         with args.main_process_first(desc=f"preparing the {name} data"):
             dataset, report = prepare_dataset(
