@@ -253,7 +253,7 @@ def names_read() -> set[str]:
 
 
 def test_the_reader_tells_an_option_from_a_namesake():
-    assert attributes_read("self.dpo_args.beta; args.layout.name") == {"beta", "layout"}
+    assert attributes_read("self.args.beta; args.layout.name") == {"beta", "layout"}
     assert attributes_read("self.layout; scorer.beta; args.gamma = 1") == set()
 
 
