@@ -28,8 +28,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torc
 CHECK_TOKENS = 48
 
 
-def reason_for_padding(model: nn.Module) -> str | None:
+def reason_for_padding(scorer: Scorer, model: nn.Module) -> str | None:
     """Why this model cannot take flat rows, as far as can be known before the first batch."""
+    if not scorer.through_head:
+        return "it has no output embedding, so that all logits of a batch must be held"
     if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
         return "prompt-learning adapters put virtual tokens in front of a row"
     return why_not_flat(base_model(model))
@@ -59,7 +61,7 @@ class Layout:
         self.autocast = autocast
         self.scored = scored
         self.settled = False
-        reasons = [reason, *(reason_for_padding(model) for _, model in scored)]
+        reasons = [reason, *(reason_for_padding(*own) for own in scored)]
         reason = next((r for r in reasons if r), None)
         name = type(base_model(scored[0][1])).__name__
         if requested == "flat" and reason:

@@ -387,8 +387,14 @@ def test_reasons_in_a_model():
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     assert why_not_flat(t5) == "it is an encoder-decoder"
     prompt = get_peft_model(tiny.llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert reason_for_padding(prompt) == "prompt-learning adapters put virtual tokens in front of a row"
-    assert reason_for_padding(get_peft_model(tiny.llama(), tiny.lora())) is None
+    assert (
+        reason_for_padding(Scorer(prompt), prompt) == "prompt-learning adapters put virtual tokens in front of a row"
+    )
+    adapted = get_peft_model(tiny.llama(), tiny.lora())
+    assert reason_for_padding(Scorer(adapted), adapted) is None
+    headless = tiny.llama()
+    headless.get_output_embeddings = lambda: None
+    assert "no output embedding" in reason_for_padding(Scorer(headless), headless)
 
 
 def test_a_reason_refuses_flat_at_construction():
