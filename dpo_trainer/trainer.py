@@ -83,6 +83,8 @@ class DPOTrainer(Trainer):
         args = DPOConfig() if args is None else args
         if (model is None) == (model_init is None):
             raise ValueError("Give DPOTrainer either a model or a model_init that makes one.")
+        if args.process_index > 0:  # the main process speaks for all ranks
+            logging.get_logger(__package__).setLevel(logging.ERROR)
         set_seed(args.seed)  # before an adapter is initialised
         # Read before Trainer.__init__ sets it as well.
         self.args = args
