@@ -1,11 +1,11 @@
 """Model + PairBatch -> PairLogps, without ever holding the logits of a batch.
 
 The model is called through whatever wraps it, so that the hooks of DDP, FSDP, DeepSpeed and PEFT run. For the time of
-the call its output embedding alone gets another `forward`: it receives the hidden states, takes the M scored ones,
-walks them in chunks through its own original `forward` (bias, LoRA, quantised and sharded weights just work) and
+the call its output embedding alone gets another `forward`: it receives the hidden states, takes the M scored ones, walks
+them in chunks through its own original `forward` (head.py; bias, LoRA, quantised and sharded weights just work) and
 returns their log-probs [1, M] where the model expected logits.
 
-    R rows   L tokens in a row   M scored tokens   B tokens of a chunk   D hidden size   V vocabulary
+    R rows   L tokens in a row   M scored tokens   D hidden size
 """
 
 from __future__ import annotations
@@ -136,10 +136,8 @@ def _score_logits(
 ) -> tuple[TokenLogps, Tensor | None]:
     """The plain way: all logits of the rows, as the model returns them. The yardstick, and the last resort."""
     outputs = model(**_model_inputs(batch), **more)
-    logits = _states(outputs.logits, batch)
-    return _token_logps(batch, stats_of(logits, batch.target_ids, stats)), getattr(
-        outputs, "aux_loss", None
-    ) if more else None
+    scored = stats_of(_states(outputs.logits, batch), batch.target_ids, stats)
+    return _token_logps(batch, scored), getattr(outputs, "aux_loss", None) if more else None
 
 
 def _token_logps(batch: PairBatch, values: dict[str, Tensor]) -> TokenLogps:

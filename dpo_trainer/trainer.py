@@ -86,18 +86,17 @@ class DPOTrainer(Trainer):
         if args.process_index > 0:  # the main process speaks for all ranks
             logging.get_logger(__package__).setLevel(logging.ERROR)
         set_seed(args.seed)  # before an adapter is initialised
-        # Read before Trainer.__init__ sets it as well.
-        self.args = args
         self.given = Given(
             args=args, ref_model=ref_model, peft_config=peft_config, quantization_config=quantization_config
         )
         self.model_init = model_init
         start = self.given.policy(model if model is not None else super().call_model_init())
-        tokenizer = processing_class or load_tokenizer(
-            base_model(start).config._name_or_path, trust_remote_code=args.trust_remote_code
-        )
-        self.pad_token_id = check_tokenizer(tokenizer)
-        self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if processing_class is None:
+            named = model if isinstance(model, str) else base_model(start).config._name_or_path
+            processing_class = load_tokenizer(named, trust_remote_code=args.trust_remote_code)
+        # Read before Trainer.__init__ sets them as well.
+        self.args, self.processing_class = args, processing_class
+        self.pad_token_id = check_tokenizer(processing_class)
         model = self._assemble(start)
         self.data_reports: dict[str, DataReport] = {}
         if train_dataset is not None:
@@ -117,7 +116,7 @@ class DPOTrainer(Trainer):
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class or tokenizer,
+            processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=[_StopOnNonFinite(self), *(callbacks or [])],
             optimizers=optimizers,
@@ -168,7 +167,7 @@ class DPOTrainer(Trainer):
         with args.main_process_first(desc=f"preparing the {name} data"):
             dataset, report = prepare_dataset(
                 dataset,
-                self._tokenizer,
+                self.processing_class,
                 max_length=args.max_length,
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
@@ -283,9 +282,11 @@ class DPOTrainer(Trainer):
 
     # --- checkpoints and cards ---
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; "true", which is how a flag says it, takes the last checkpoint in `output_dir` as well."""
         self._logged_at = time.perf_counter()
-        return super().train(*args, **kwargs)
+        last = str(resume_from_checkpoint).lower() == "true"
+        return super().train(True if last else resume_from_checkpoint, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

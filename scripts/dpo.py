@@ -84,9 +84,7 @@ def build(script: ScriptArguments, model: ModelArguments, config: DPOConfig) -> 
 
 def run(trainer: DPOTrainer, config: DPOConfig) -> None:
     """Train, evaluate where there is something to evaluate on, save."""
-    checkpoint = config.resume_from_checkpoint  # "true": the last one in --output_dir
-    last = str(checkpoint).lower() == "true"
-    result = trainer.train(resume_from_checkpoint=True if last else checkpoint)
+    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     report(trainer, "train", result.metrics)
     trainer.save_state()
     if trainer.eval_dataset is not None:

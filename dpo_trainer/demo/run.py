@@ -118,8 +118,7 @@ def _train(base: Path, config: DPOConfig) -> tuple[DPOTrainer, list[int]]:
         processing_class=start.tokenizer,
         callbacks=[saved],
     )
-    checkpoint = config.resume_from_checkpoint  # "true": the last one in --output_dir
-    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_state()
     trainer.save_model()
     if config.push_to_hub:
