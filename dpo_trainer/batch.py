@@ -9,40 +9,85 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 T = TypeVar("T")
 
 Message = dict[str, Any]
 """One chat turn: {"role": ..., "content": ...} and whatever else the chat template reads."""
 
+Text: TypeAlias = "str | list[Message]"
+"""A prompt or a completion, before tokenization."""
+
+Stretch: TypeAlias = tuple[int, int, int]
+"""Tokens `start` to `end` of a completion: (number of the completion, start, end)."""
+
+
+class Preferred(NamedTuple):
+    """That one completion of a prompt is better than another: their numbers among the completions of the row."""
+
+    chosen: int
+    rejected: int
+    margin: float | None = None  # by how much, in the unit of whoever judged; None where nobody said
+
+
+ONE_PAIR = (Preferred(0, 1),)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One preference, before tokenization: strings, or lists of chat messages (all three of the same form)."""
+    """One row, before tokenization: strings, or lists of chat messages (all of the same form).
 
-    prompt: str | list[Message]
-    chosen: str | list[Message]
-    rejected: str | list[Message]
+    Mostly that is one preference, `chosen` over `rejected`. A ranked row has `more` completions of the same prompt, and
+    `pairs` says which of them all (`completions`) are compared.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    more: tuple[Text, ...] = ()
+    pairs: tuple[Preferred, ...] = ONE_PAIR
     tools: list[dict] | None = None
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, prompt: Text, completions: Sequence[Text], pairs: Sequence[Preferred], **options: Any) -> Pair:
+        chosen, rejected, *more = completions
+        return cls(prompt=prompt, chosen=chosen, rejected=rejected, more=tuple(more), pairs=tuple(pairs), **options)
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """K completions, numbered as `pairs` counts them."""
+        return self.chosen, self.rejected, *self.more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedPair:
-    """One preference as token ids. `prompt_ids` stands before both completions, token for token."""
+    """One row as token ids. `prompt_ids` stands before every completion, token for token.
+
+    `unscored` lists stretches of completions that the model reads but does not answer for (a tool's reply):
+    (number of the completion, start, end). They never meet the loss; every completion has a scored token.
+    """
 
     example_id: int
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    weight: float = 1.0
+    more_ids: Sequence[list[int]] = ()
+    pairs: Sequence[Preferred] = ONE_PAIR
+    unscored: Sequence[Stretch] = ()
+    weight: float = 1.0  # of each of its pairs
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """[K] lists of token ids, numbered as `pairs` and `unscored` count them."""
+        return [self.chosen_ids, self.rejected_ids, *self.more_ids]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +96,7 @@ class Segments:
 
     The tokens of a segment see each other causally, after all `prefix_length[s]` tokens that start at
     `prefix_start[s]`. `prompt | chosen | rejected` is two segments: prompt + chosen without a prefix, and rejected
-    with the prompt as its prefix. Lives on the host; the index tensors for variable-length kernels are made on demand.
+    with the prompt as its prefix; every further completion is one more of the latter kind. Lives on the host; the index tensors for variable-length kernels are made on demand.
     """
 
     length: tuple[int, ...]
@@ -125,6 +170,7 @@ class PairBatch:
     chosen: Tensor  # [N] in [0, C): a pair is two completions, so that K samples of a prompt need no copies
     rejected: Tensor  # [N] in [0, C)
     num_tokens: int  # tokens computed, without padding
+    margin: Tensor | None = None  # [N] float32, by how much chosen is better, as the data says; NaN where it does not
     position_ids: Tensor | None = None  # [R, L] flat: every completion continues from the end of its prompt
     attention_mask: Tensor | None = None  # [R, L] padded: 1 for a token, 0 for padding
     segments: Segments | None = None  # flat: who sees whom
@@ -179,6 +225,7 @@ class PairBatch:
             chosen=pairs,
             rejected=pairs + rows // 2,
             num_tokens=int(inputs["attention_mask"].sum()),
+            margin=inputs.get("margin"),
         )
 
 

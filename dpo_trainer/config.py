@@ -108,6 +108,17 @@ class DPOConfig(TrainingArguments):
             help="`ipo` with log-probs per token (its authors' choice) or summed over the completion (its Eq. 17).",
         ),
     )
+    odpo_alpha: float = field(
+        default=1.0, metadata={"help": "Weight of the offset that `odpo` makes of a pair's margin, >= 0."}
+    )
+    odpo_offset: str = field(
+        default="log",
+        metadata=choices(
+            "log",
+            "linear",
+            help="How `odpo` makes an offset of the column `margin`: its logarithm (margins above 0) or itself.",
+        ),
+    )
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the NLL term of `cpo`, >= 0."})
     dpop_lambda: float = field(
         default=50.0, metadata={"help": "Weight of `dpop`'s penalty on a falling chosen log-prob, >= 0."}
@@ -155,14 +166,41 @@ class DPOConfig(TrainingArguments):
             "(and only then the end of its completions).",
         ),
     )
+    too_long: str = field(
+        default="truncate",
+        metadata=choices(
+            "truncate",
+            "drop",
+            "error",
+            help="What to do with rows over --max_length, --max_prompt_length or --max_completion_length: cut them, drop "
+            "them with a count, or stop.",
+        ),
+    )
     useless_pairs: str = field(
         default="drop",
         metadata=choices(
             "drop",
             "error",
-            help="What to do with pairs that cannot teach anything (chosen equals rejected, or the prompt leaves no room "
-            "for a completion): drop them with a count, or stop.",
+            help="What to do with pairs that cannot teach anything (chosen equals rejected, the prompt leaves no room for a "
+            "completion, all scores equal): drop them with a count, or stop.",
         ),
+    )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "Drop rows with the prompt and the completions of an earlier row, counted."}
+    )
+    max_pairs_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most pairs of one row with several rejected or ranked completions: those of the largest margin, or the "
+            "first. None: all."
+        },
+    )
+    allow_special_tokens_in_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the text of a special token inside a row (such as <|im_end|>) as that token. Off, it is text: a "
+            "user cannot end a turn. On for files that are templated already."
+        },
     )
     dataset_num_proc: int | None = field(
         default=None,
@@ -267,6 +305,7 @@ class DPOConfig(TrainingArguments):
             "max_length": 2,
             "max_prompt_length": 1,
             "max_completion_length": 1,
+            "max_pairs_per_prompt": 1,
             "dataset_num_proc": 1,
             "pad_to_multiple_of": 1,
         }.items():

@@ -1,13 +1,12 @@
 """Which layout a model allows: asked of its configuration first, then verified on the first batch of a run.
 
-Trust but verify: two short pairs are scored in the layout at hand and in the plainest way there is (padded rows, the
+Trust but verify: two short rows are scored in the layout at hand and in the plainest way there is (padded rows, the
 model's own attention, all logits), log-probs and gradients. A difference moves the run to the next safer way, loudly.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .attention import why_not_flat
-from .batch import PairBatch, TokenizedPair
-from .data.collate import as_padded, flat_inputs, padded_inputs, pairs_of
+from .batch import PairBatch, Preferred, TokenizedPair
+from .data.collate import flat_inputs, padded_inputs, padded_order
+from .data.uncollate import as_padded, pairs_of
 from .logprobs import Scorer, base_model, evaluation_mode
 
 logger = logging.get_logger(__name__)
@@ -88,15 +88,15 @@ class Layout:
         return as_padded(batch, self.pad_token_id) if self.name == "padded" else batch
 
     def verify(self, scorer: Scorer, model: nn.Module, batch: PairBatch) -> None:
-        """Settle the layout, and how `scorer` reads log-probs, by comparing on two short pairs of `batch`."""
+        """Settle the layout, and how `scorer` reads log-probs, by comparing on two short rows made of `batch`."""
         model = extract_model_from_parallel(model)
-        pairs = _short(pairs_of(batch))
+        rows = _short(pairs_of(batch))
         with evaluation_mode(model), _plain(scorer):
-            want = _measure(scorer, model, pairs, "padded", self.pad_token_id)
+            want = _measure(scorer, model, rows, "padded", self.pad_token_id)
         ways = ["flat", "padded"] if self.name == "flat" else ["padded"]
         problems = []
         for layout in ways if scorer.through_head else []:
-            problem = self._compare(scorer, model, pairs, layout, want)
+            problem = self._compare(scorer, model, rows, layout, want)
             if not _any_rank(problem is not None, batch.input_ids.device):
                 break
             problems.append(problem or "another rank found a difference")
@@ -107,12 +107,12 @@ class Layout:
         self.name = layout
 
     def _compare(
-        self, scorer: Scorer, model: nn.Module, pairs: list[TokenizedPair], layout: str, want: tuple[Tensor, Tensor]
+        self, scorer: Scorer, model: nn.Module, rows: list[TokenizedPair], layout: str, want: tuple[Tensor, Tensor]
     ) -> str | None:
         """What differs from the plain way, or None."""
         try:
             with evaluation_mode(model):
-                got = _measure(scorer, model, pairs, layout, self.pad_token_id)
+                got = _measure(scorer, model, rows, layout, self.pad_token_id)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does with rows or heads that it was not written for
@@ -132,35 +132,42 @@ class Layout:
             )
         memory = "" if through_head else ", with all logits of a batch in memory"
         logger.warning(
-            f"{model_name} is trained with padded rows{memory}. Checked on two short pairs: {'; '.join(problems)}."
+            f"{model_name} is trained with padded rows{memory}. Checked on two short rows: {'; '.join(problems)}."
         )
 
 
-def _short(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
-    """The two shortest pairs, cut to a few tokens: enough to see who sees whom.
+def _short(rows: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """The two shortest rows, cut to a few tokens, with three completions each: enough to see who sees whom.
 
-    A completion of one token is predicted from its prompt alone, and a single pair has no neighbour: neither would show
-    a wrong mask. So each completion is followed by the other one of its pair, and a pair that is alone comes twice.
+    Which rows the first batch holds is chance, and its verdict is for the whole run: a row of two completions gets a third
+    from their tokens, for a ranked row may come later. A completion of one token is predicted from its prompt alone, and
+    a single row has no neighbour: neither would show a wrong mask. So each completion is followed by the next one of its
+    row, and a row that is alone comes twice.
     """
-    shortest = sorted(pairs, key=lambda p: len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids))[:2]
-    return [
-        dataclasses.replace(
-            pair,
-            prompt_ids=pair.prompt_ids[-CHECK_TOKENS:],
-            chosen_ids=(pair.chosen_ids + pair.rejected_ids)[:CHECK_TOKENS],
-            rejected_ids=(pair.rejected_ids + pair.chosen_ids)[:CHECK_TOKENS],
-        )
-        for pair in (shortest * 2)[:2]
-    ]
+    shortest = sorted(rows, key=lambda row: len(row.prompt_ids) + sum(map(len, row.completions)))[:2]
+    return [_cut(row) for row in (shortest * 2)[:2]]
+
+
+def _cut(row: TokenizedPair) -> TokenizedPair:
+    first, second, *more = row.completions
+    third = more[0] if more else second[::-1]
+    return TokenizedPair(
+        example_id=row.example_id,
+        prompt_ids=row.prompt_ids[-CHECK_TOKENS:],
+        chosen_ids=(first + second)[:CHECK_TOKENS],
+        rejected_ids=(second + third)[:CHECK_TOKENS],
+        more_ids=[(third + first)[:CHECK_TOKENS]],
+        pairs=(Preferred(0, 1), Preferred(0, 2)),  # so that all three count
+    )
 
 
 def _measure(
-    scorer: Scorer, model: nn.Module, pairs: list[TokenizedPair], layout: str, pad_token_id: int
+    scorer: Scorer, model: nn.Module, rows: list[TokenizedPair], layout: str, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob sums [2N], and the gradient of a mix of them with respect to the embedded tokens, per pair in the order
-    prompt, chosen, rejected whatever the layout."""
+    """Log-prob sums [2N], and the gradient of a mix of them with respect to the embedded tokens, per row in the order
+    prompt, completion 0, completion 1 ... whatever the layout."""
     device = base_model(model).device
-    inputs = (flat_inputs if layout == "flat" else padded_inputs)(pairs, pad_token_id)
+    inputs = (flat_inputs if layout == "flat" else padded_inputs)(rows, pad_token_id)
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     batch = PairBatch.from_inputs(moved)
     embedded: list[Tensor] = []
@@ -173,26 +180,27 @@ def _measure(
     try:
         with torch.enable_grad(), scorer.attention.installed() if batch.is_flat else contextlib.nullcontext():
             logps = scorer(model, batch)
-            # Unequal weights: an error that is the same for all completions must not cancel.
-            mix = torch.linspace(1.0, 2.0, 2 * len(pairs), device=device)
             sums = torch.cat([logps.chosen, logps.rejected])
+            # Unequal weights: an error that is the same for all completions must not cancel.
+            mix = torch.linspace(1.0, 2.0, len(sums), device=device)
             (grad,) = torch.autograd.grad((mix * sums).sum(), embedded[0])
     finally:
         hook.remove()
-    return sums.detach().float(), _by_pair(grad.float(), pairs, layout)
+    return sums.detach().float(), _by_row(grad.float(), rows, layout)
 
 
-def _by_pair(grad: Tensor, pairs: list[TokenizedPair], layout: str) -> Tensor:
-    """[R, L, D] gradient of a layout -> [tokens, D], one row per token of prompt, chosen, rejected of each pair."""
-    parts, start = [], 0
-    for i, pair in enumerate(pairs):
-        p, c, r = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-        if layout == "flat":
-            parts.append(grad[0, start : start + p + c + r])
-            start += p + c + r
-        else:
-            chosen, rejected = grad[i], grad[i + len(pairs)]
-            parts += [chosen[:p] + rejected[:p], chosen[p : p + c], rejected[p : p + r]]
+def _by_row(grad: Tensor, rows: list[TokenizedPair], layout: str) -> Tensor:
+    """[R, L, D] gradient of a layout -> [tokens, D], one row per token of prompt, completion 0, completion 1 ... of each
+    row. In padded rows, a prompt is there once for each completion: its gradients add up."""
+    if layout == "flat":
+        return grad[0]
+    parts = []
+    order = padded_order(rows)
+    for i, row in enumerate(rows):
+        p = len(row.prompt_ids)
+        own = [grad[c] for c, (of, _) in enumerate(order) if of == i]
+        parts.append(torch.stack([g[:p] for g in own]).sum(0))
+        parts += [g[p : p + len(ids)] for g, ids in zip(own, row.completions, strict=True)]
     return torch.cat(parts)
 
 

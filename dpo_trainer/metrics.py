@@ -208,7 +208,7 @@ class FiniteCheck:
         bad = ~torch.isfinite(losses)
         if gather(bad.sum()).item() == 0:
             return
-        here = ids[bad].tolist()
+        here = list(dict.fromkeys(ids[bad].tolist()))  # pairs of one row have one id
         which = f"example_ids {here[:20]}" if here else "on another rank"
         raise FloatingPointError(
             f"The loss of optimizer step {step} is not finite ({which}). The weights were not updated. Look at these rows, "

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import recursively_apply
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -25,7 +26,17 @@ from transformers.utils import logging
 from .assembly import Given, assemble, place_reference
 from .batch import PairBatch, pair_weight
 from .config import DPOConfig
-from .data import DataCollatorForPreference, DataReport, FilledStream, check_tokenizer, prepare_dataset
+from .data import (
+    FEATURES,
+    DataCollatorForPreference,
+    DataOptions,
+    DataReport,
+    FilledStream,
+    check_tokenizer,
+    prepare_mixture,
+    report_table,
+    write_reports,
+)
 from .loading import load_tokenizer
 from .logprobs import base_model
 from .losses import Objective
@@ -47,8 +58,8 @@ class DPOTrainer(Trainer):
         args: the options; None takes every default.
         data_collator: None takes `DataCollatorForPreference` in the layout that the model allows. One of your own may
             return what other DPO libraries expect (see `PairBatch.from_completion_mask`).
-        train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones.
-        eval_dataset: likewise, or a dict of them; `evaluate(dataset)` takes raw rows as well.
+        train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones; a list of datasets is a mixture.
+        eval_dataset: likewise, or a dict of datasets that are evaluated one by one; `evaluate(dataset)` takes raw rows too.
         processing_class: the tokenizer; None loads the model's.
         compute_metrics: receives an `EvalPrediction` whose `predictions` is a dict of arrays [pairs]: `rewards/chosen`,
             `rewards/rejected`, `logps/chosen`, `logps/rejected`, `ref_logps/chosen`, `ref_logps/rejected`; `label_ids`
@@ -70,8 +81,8 @@ class DPOTrainer(Trainer):
         ref_model: str | PreTrainedModel | PeftModel | None = None,
         args: DPOConfig | None = None,
         data_collator: Callable | None = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | dict[str, Rows] | None = None,
+        train_dataset: Rows | list[Rows] | None = None,
+        eval_dataset: Rows | list[Rows] | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -103,6 +114,7 @@ class DPOTrainer(Trainer):
             train_dataset = self._prepared(train_dataset, "train")
         if eval_dataset is not None:
             eval_dataset = self._prepared_evaluation(eval_dataset)
+        self._report_data()
         if data_collator is None:
             data_collator = DataCollatorForPreference(self.pad_token_id, self.layout.name, args.pad_to_multiple_of)
 
@@ -156,40 +168,43 @@ class DPOTrainer(Trainer):
         self._start_counting()
         return model
 
-    def _prepared_evaluation(self, datasets: Rows | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
+    def _prepared_evaluation(self, datasets: Rows | Sequence[Rows] | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
         if isinstance(datasets, Mapping):
             return {name: self._prepared(rows, f"eval {name}") for name, rows in datasets.items()}
         return self._prepared(datasets, "eval")
 
-    def _prepared(self, dataset: Rows, name: str) -> Rows:
-        """Rows of any form -> token ids, counted."""
-        args = self.args
-        with args.main_process_first(desc=f"preparing the {name} data"):
-            dataset, report = prepare_dataset(
-                dataset,
+    def _prepared(self, dataset: Rows | Sequence[Rows], name: str) -> Rows:
+        """Rows of any form -> token ids, counted. A list of datasets is one mixture."""
+        parts = dataset if isinstance(dataset, list | tuple) else [dataset]
+        with self.args.main_process_first(desc=f"preparing the {name} data"):
+            prepared, reports = prepare_mixture(
+                parts,
                 self.processing_class,
-                max_length=args.max_length,
-                max_prompt_length=args.max_prompt_length,
-                max_completion_length=args.max_completion_length,
-                truncation_mode=args.truncation_mode,
-                useless_pairs=args.useless_pairs,
-                num_proc=args.dataset_num_proc,
+                DataOptions.from_config(self.args),
                 name=name,
-                progress=not args.disable_tqdm,
+                requires_margin=self.objective.needs_margin,
             )
-        self.data_reports[name] = report
-        if report.rows and self.is_world_process_zero():  # a stream counts as it is read
-            logger.warning(report.table())
-        return dataset
+        self.data_reports.update(reports)
+        return prepared
+
+    def _report_data(self) -> None:
+        """One table of what was kept, cut and dropped; the same as data_report.json in the output folder."""
+        if self.is_world_process_zero() and self.data_reports:
+            reports = list(self.data_reports.values())
+            write_reports(self.data_reports, Path(self.args.output_dir))
+            if any(report.rows for report in reports):  # a stream counts as it is read
+                logger.warning("Data, by rows:\n" + report_table(reports))
 
     # --- the data, as Trainer asks for it ---
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["example_id", "prompt_ids", "chosen_ids", "rejected_ids", "weight", "length"]
+        self._signature_columns = list(FEATURES)
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
-        if isinstance(eval_dataset, Dataset | IterableDataset) and eval_dataset is not self.eval_dataset:
+        raw = isinstance(eval_dataset, Dataset | IterableDataset | list | tuple)
+        if raw and eval_dataset is not self.eval_dataset:
             eval_dataset = self._prepared(eval_dataset, "eval")
+            self._report_data()
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any):
@@ -222,18 +237,24 @@ class DPOTrainer(Trainer):
         batch = self.layout.settle(model, PairBatch.from_inputs(inputs))  # batch.py, layout.py
         policy = self.scorer(model, batch)  # logprobs.py
         reference = self.reference.logps(model, batch)  # reference/
-        losses = self.objective(policy, reference, training=model.training, weight=batch.weight).total  # losses/  [N]
+        losses = self.objective(  # losses/  [N]
+            policy, reference, training=model.training, weight=batch.weight, margin=batch.margin
+        ).total
         parts = StepParts(batch=batch, policy=policy, reference=reference, losses=losses, beta=self.args.beta)
         self.metrics["train" if model.training else "eval"].add(parts)  # metrics.py
         loss = step_loss(losses, batch.weight, num_items_in_batch, self.accelerator.num_processes)
         return (loss, per_pair(parts)) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
+        """Pairs of fillers are left out here: `evaluation_loop` gathers what is returned, however many a rank has."""
         inputs = self._prepare_inputs(inputs)
-        self._unweigh_fillers(inputs)
+        real = self._unweigh_fillers(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs, outputs.pop("example_ids"))
+        if prediction_loss_only:
+            return loss, None, None
+        outputs = {name: values[real] for name, values in outputs.items()}
+        return loss, outputs, outputs.pop("example_ids")
 
     # --- numbers ---
 
@@ -242,6 +263,7 @@ class DPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         began = time.perf_counter()
         self.metrics["eval"].clear()
+        self.gather_function = self._gather_pairs  # Trainer puts its own back after each loop
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means, _ = self.metrics["eval"].reduce(self._sum_over_ranks, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -266,19 +288,27 @@ class DPOTrainer(Trainer):
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
-    def _unweigh_fillers(self, inputs: dict[str, Any]) -> None:
-        """Rows that accelerate repeats to fill the last batch of all ranks get weight 0.
+    def _gather_pairs(self, values: Any) -> Any:
+        """Tensors [pairs, ...] of all ranks. Rows may have several pairs, so that ranks differ in how many they hold, and
+        accelerate's `gather_for_metrics`, which wants equal numbers and cuts the last batch by rows, would lose some."""
+        return recursively_apply(lambda tensor: self.objective.ranks.gather(tensor)[0], values)
+
+    def _unweigh_fillers(self, inputs: dict[str, Any]) -> Tensor:
+        """Rows that accelerate repeats to fill the last batch of all ranks get weight 0. [N] True for the pairs of others.
 
         The last round of batches holds `remainder` rows that are not repeats, in the order of the ranks.
         """
+        weight = pair_weight(inputs)
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return
-        weight = pair_weight(inputs)
+            return torch.ones_like(weight, dtype=torch.bool)
+        # A row may have several pairs. Collators of other libraries do not say, and have one.
+        row = inputs.get("row", torch.arange(len(weight), device=weight.device))
         rows_per_rank = state.active_dataloader.total_batch_size // self.accelerator.num_processes
         before = self.accelerator.process_index * rows_per_rank
-        real = torch.arange(len(weight), device=weight.device) + before < state.remainder
+        real = row + before < state.remainder
         inputs["weight"] = weight * real
+        return real
 
     # --- checkpoints and cards ---
 
@@ -286,7 +316,10 @@ class DPOTrainer(Trainer):
         """As `Trainer.train`; "true", which is how a flag says it, takes the last checkpoint in `output_dir` as well."""
         self._logged_at = time.perf_counter()
         last = str(resume_from_checkpoint).lower() == "true"
-        return super().train(True if last else resume_from_checkpoint, *args, **kwargs)
+        output = super().train(True if last else resume_from_checkpoint, *args, **kwargs)
+        if any(report.streaming for report in self.data_reports.values()):
+            self._report_data()  # what was read
+        return output
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -5,35 +5,73 @@ logits, float64, gradients by autograd. Nothing here imports what it is compared
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dpo_trainer.batch import TokenizedPair
+from dpo_trainer.batch import Preferred, TokenizedPair
 
 # What the layouts promise in float32: log-probs to 5e-5 nats, gradients to 1e-3 of their size.
 NATS = 5e-5
 GRADIENT = 1e-3
 
 
-def random_pairs(lengths: Iterable[tuple[int, int, int]], vocabulary: int = 97, seed: int = 1) -> list[TokenizedPair]:
-    """Pairs of random tokens with these lengths of prompt, chosen and rejected; token 0 is left for padding."""
+def random_pairs(lengths: Iterable[tuple[int, ...]], vocabulary: int = 97, seed: int = 1) -> list[TokenizedPair]:
+    """Rows of random tokens with these lengths of prompt, chosen, rejected and further completions, if any, every one of
+    them compared with all that follow it. Token 0 is left for padding."""
     numbers = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> list[int]:
         return torch.randint(1, vocabulary, (n,), generator=numbers).tolist()
 
     return [
-        TokenizedPair(example_id=10 + i, prompt_ids=ids(p), chosen_ids=ids(c), rejected_ids=ids(r))
-        for i, (p, c, r) in enumerate(lengths)
+        TokenizedPair(
+            example_id=10 + i,
+            prompt_ids=ids(p),
+            chosen_ids=ids(c),
+            rejected_ids=ids(r),
+            more_ids=tuple(map(ids, more)),
+            pairs=tuple(Preferred(a, b) for a, b in itertools.combinations(range(2 + len(more)), 2)),
+        )
+        for i, (p, c, r, *more) in enumerate(lengths)
     ]
+
+
+def apart(rows: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Every pair as a row of two completions, its prompt repeated: what a ranked row must be worth."""
+    separate = []
+    for row in rows:
+        for chosen, rejected, margin in row.pairs:
+            renumbered = {chosen: 0, rejected: 1}
+            separate.append(
+                TokenizedPair(
+                    example_id=row.example_id,
+                    prompt_ids=row.prompt_ids,
+                    chosen_ids=row.completions[chosen],
+                    rejected_ids=row.completions[rejected],
+                    pairs=(Preferred(0, 1, margin),),
+                    unscored=tuple((renumbered[n], a, b) for n, a, b in row.unscored if n in renumbered),
+                    weight=row.weight,
+                )
+            )
+    return separate
 
 
 def sequences(pairs: Sequence[TokenizedPair]) -> list[tuple[list[int], list[int]]]:
     """(prompt, completion) of chosen 0, rejected 0, chosen 1, rejected 1 ..."""
-    return [(p.prompt_ids, completion) for p in pairs for completion in (p.chosen_ids, p.rejected_ids)]
+    return [(p.prompt_ids, completion) for p in apart(pairs) for completion in (p.chosen_ids, p.rejected_ids)]
+
+
+def scored(pairs: Sequence[TokenizedPair]) -> list[list[int]]:
+    """Which tokens of each completion of `sequences` are scored, decided token by token."""
+    return [
+        [t for t in range(len(p.completions[side])) if not any(n == side and a <= t < b for n, a, b in p.unscored)]
+        for p in apart(pairs)
+        for side in (0, 1)
+    ]
 
 
 def in_double(model: nn.Module) -> nn.Module:
@@ -72,7 +110,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 class Answer:
     """What the oracle found, in the order of `sequences`."""
 
-    tokens: list[Tensor]  # [completion tokens] each
+    tokens: list[Tensor]  # [scored tokens] each
     gradients: dict[str, Tensor]  # of `mix` of the sums
 
     @property
@@ -84,7 +122,7 @@ class Answer:
 def answer(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Answer:
     """Log-probs of all completions, and the gradient of their mix, from a float64 copy of `model`."""
     exact = in_double(model)
-    tokens = [completion_logps(exact, prompt, completion) for prompt, completion in sequences(pairs)]
+    tokens = [completion_logps(exact, *s)[places] for s, places in zip(sequences(pairs), scored(pairs), strict=True)]
     grads = gradients(exact, mix([t.sum() for t in tokens]))
     return Answer([t.detach() for t in tokens], grads)
 
@@ -93,7 +131,8 @@ def answer(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Answer:
 def sums(model: nn.Module, pairs: Sequence[TokenizedPair]) -> Tensor:
     """[2N] log-prob sums without gradients."""
     exact = in_double(model)
-    return torch.stack([completion_logps(exact, *s).double().sum() for s in sequences(pairs)])
+    each = zip(sequences(pairs), scored(pairs), strict=True)
+    return torch.stack([completion_logps(exact, *s)[places].double().sum() for s, places in each])
 
 
 def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = GRADIENT) -> None:
@@ -114,15 +153,14 @@ def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], rtol:
 
 
 def visible(pairs: Sequence[TokenizedPair], window: int | None = None) -> Tensor:
-    """[T, T] who sees whom in prompt | chosen | rejected | prompt ..., decided token by token."""
-    tokens = []  # pair, part, position
+    """[T, T] who sees whom in prompt | completion 0 | completion 1 | ... | prompt ..., decided token by token."""
+    tokens: list[tuple[int, int | str, int]] = []  # row, part, position
     for i, pair in enumerate(pairs):
         p = len(pair.prompt_ids)
         tokens += [(i, "prompt", n) for n in range(p)]
-        tokens += [(i, "chosen", p + n) for n in range(len(pair.chosen_ids))]
-        tokens += [(i, "rejected", p + n) for n in range(len(pair.rejected_ids))]
+        tokens += [(i, part, p + n) for part, ids in enumerate(pair.completions) for n in range(len(ids))]
 
-    def sees(me: tuple[int, str, int], other: tuple[int, str, int]) -> bool:
+    def sees(me: tuple[int, int | str, int], other: tuple[int, int | str, int]) -> bool:
         family = me[0] == other[0] and other[1] in ("prompt", me[1])
         distance = me[2] - other[2]
         return family and distance >= 0 and (window is None or distance < window)

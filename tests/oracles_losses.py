@@ -11,7 +11,7 @@ from math import exp, log, log1p
 
 @dataclass(frozen=True)
 class P:
-    """One pair: summed log-probs under policy and reference, and lengths."""
+    """One pair: summed log-probs under policy and reference, lengths, and by how much chosen is better."""
 
     pw: float
     pl: float
@@ -19,6 +19,7 @@ class P:
     fl: float
     nw: int
     nl: int
+    m: float = 1.0
 
     @property
     def rw(self) -> float:
@@ -54,6 +55,12 @@ def exo_pair(p: P, h: dict) -> float:
     """KL(model's preference || smoothed label), two outcomes."""
     q, e = s(margin(p, h)), h["label_smoothing"]
     return q * log(q / (1 - e)) + (1 - q) * log((1 - q) / e)
+
+
+def odpo(p: P, h: dict) -> float:
+    """The probability that a Gumbel-noised chosen reward wins by more than the offset."""
+    offset = h["odpo_alpha"] * (log(p.m) if h["odpo_offset"] == "log" else p.m)
+    return log1p(exp(offset) / exp(margin(p, h)))
 
 
 def robust(p: P, h: dict) -> float:
@@ -94,6 +101,7 @@ PER_PAIR = {
     "sigmoid": lambda p, h: bernoulli(margin(p, h), h["label_smoothing"]),
     "hinge": lambda p, h: max(0.0, 1 - margin(p, h)),
     "exo_pair": exo_pair,
+    "odpo": odpo,
     "robust": robust,
     "discopop": discopop,
     "ipo": ipo,

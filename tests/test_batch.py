@@ -65,6 +65,24 @@ def test_ids_and_weights_of_a_foreign_batch_are_kept():
     assert pair_weight(FOREIGN).tolist() == [1.0, 1.0]
 
 
+def test_margins_of_a_foreign_batch_reach_the_losses():
+    assert PairBatch.from_inputs(FOREIGN).margin is None
+    margin = torch.tensor([0.5, 2.0])
+    assert PairBatch.from_inputs({**FOREIGN, "margin": margin}).margin is margin
+
+
+def test_tokens_inside_a_completion_may_be_unmarked():
+    """A tool's reply, say: read, not scored, and not counted."""
+    mask = FOREIGN["completion_mask"].clone()
+    mask[0, 3] = 0
+    batch = PairBatch.from_inputs({**FOREIGN, "completion_mask": mask})
+    assert batch.score_at.tolist()[:2] == [1, 3]
+    assert batch.target_ids.tolist()[:2] == [7, 9]
+    assert batch.completion_position.tolist()[:2] == [0, 1]
+    assert batch.lengths.tolist() == [2, 1, 1, 2]
+    assert batch.num_tokens == 13
+
+
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "completion_mask"])
 def test_a_missing_key_is_named(name):
     with pytest.raises(ValueError, match=rf"lacks \['{name}'\].*DataCollatorForPreference"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import oracles
 import pytest
@@ -11,42 +13,63 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_trainer import DataCollatorForPreference
-from dpo_trainer.batch import PairBatch, TokenizedPair
-from dpo_trainer.data.collate import as_padded, flat_inputs, padded_inputs, pairs_of
+from dpo_trainer.batch import PairBatch, Preferred, TokenizedPair
+from dpo_trainer.data.collate import flat_inputs, padded_inputs
+from dpo_trainer.data.uncollate import as_padded, pairs_of
 
 PAD = 0
 tokens = st.lists(st.integers(0, 50), min_size=1, max_size=6)  # the padding token may well be a token of the text
 weights = st.sampled_from([1.0, 0.0, 0.5])
-batches = st.lists(
-    st.builds(
-        TokenizedPair,
-        example_id=st.integers(0, 2**40),
-        prompt_ids=tokens,
-        chosen_ids=tokens,
-        rejected_ids=tokens,
-        weight=weights,
-    ),
-    min_size=1,
-    max_size=5,
-)
+margins = st.sampled_from([None, 0.0, -1.5, 0.25])  # float32 has them exactly
 multiples = st.sampled_from([None, 1, 8])
 quick = settings(deadline=None, max_examples=60)
 
 
-def flat(pairs: list[TokenizedPair], multiple: int | None = None) -> PairBatch:
-    return PairBatch.from_inputs(flat_inputs(pairs, PAD, multiple))
+@st.composite
+def a_row(draw: st.DrawFn, most: int = 5) -> TokenizedPair:
+    """2 to `most` completions, some of their pairs, in some order, and tokens that are not scored."""
+    completions = draw(st.lists(tokens, min_size=2, max_size=most))
+    compared = list(itertools.permutations(range(len(completions)), 2))
+    pairs = draw(st.lists(st.sampled_from(compared), min_size=1, max_size=4, unique=True)) if most > 2 else [(0, 1)]
+    unscored: list[tuple[int, int, int]] = []
+    for number, ids in enumerate(completions):
+        left_out = draw(st.sets(st.integers(0, len(ids) - 1), max_size=len(ids) - 1))
+        for t in sorted(left_out):
+            joins = unscored and unscored[-1][0] == number and unscored[-1][2] == t
+            unscored += [(number, unscored.pop()[1] if joins else t, t + 1)]
+    return TokenizedPair(
+        example_id=draw(st.integers(0, 2**40)),
+        prompt_ids=draw(tokens),
+        chosen_ids=completions[0],
+        rejected_ids=completions[1],
+        more_ids=tuple(completions[2:]),
+        pairs=tuple(Preferred(*pair, draw(margins)) for pair in pairs),
+        unscored=tuple(unscored),
+        weight=draw(weights),
+    )
 
 
-def padded(pairs: list[TokenizedPair], multiple: int | None = None) -> PairBatch:
-    return PairBatch.from_inputs(padded_inputs(pairs, PAD, multiple))
+batches = st.lists(a_row(), min_size=1, max_size=5)
+batches_of_two = st.lists(
+    a_row(most=2), min_size=1, max_size=5
+)  # two completions, one pair: what other libraries have
 
 
-def scored(batch: PairBatch) -> dict[tuple[int, str], list[tuple[int, int, int]]]:
-    """(pair, side) -> (position, token that predicts, token predicted) of each scored token, read off the batch."""
+def flat(rows: list[TokenizedPair], multiple: int | None = None) -> PairBatch:
+    return PairBatch.from_inputs(flat_inputs(rows, PAD, multiple))
+
+
+def padded(rows: list[TokenizedPair], multiple: int | None = None) -> PairBatch:
+    return PairBatch.from_inputs(padded_inputs(rows, PAD, multiple))
+
+
+Token = tuple[int, int, int]  # position, token that predicts, token predicted
+
+
+def scored(batch: PairBatch) -> list[tuple[list[Token], list[Token]]]:
+    """The scored tokens of chosen and of rejected of each pair, read off the batch."""
     width = batch.input_ids.shape[1]
-    sides = {c: (i, "chosen") for i, c in enumerate(batch.chosen.tolist())}
-    sides |= {c: (i, "rejected") for i, c in enumerate(batch.rejected.tolist())}
-    found: dict[tuple[int, str], list[tuple[int, int, int]]] = {side: [] for side in sides.values()}
+    found: list[list[Token]] = [[] for _ in batch.lengths]
     for at, target, completion, place in zip(
         batch.score_at.tolist(),
         batch.target_ids.tolist(),
@@ -56,20 +79,21 @@ def scored(batch: PairBatch) -> dict[tuple[int, str], list[tuple[int, int, int]]
     ):
         positions = torch.arange(width)[None] if batch.position_ids is None else batch.position_ids
         row, column = divmod(at, width)
-        listed = found[sides[completion]]
-        assert place == len(listed), "0, 1, 2 ... within the completion"
-        listed.append((positions[row % len(positions), column].item(), batch.input_ids[row, column].item(), target))
-    return found
+        assert place == len(found[completion]), "0, 1, 2 ... within the completion"
+        found[completion].append(
+            (positions[row % len(positions), column].item(), batch.input_ids[row, column].item(), target)
+        )
+    assert batch.lengths.tolist() == [len(listed) for listed in found]
+    return [(found[c], found[r]) for c, r in zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True)]
 
 
-def expected(pairs: list[TokenizedPair]) -> dict[tuple[int, str], list[tuple[int, int, int]]]:
-    """The same from the pairs: in prompt + completion, token n + 1 is predicted at position n, where token n stands."""
-    found = {}
-    for i, pair in enumerate(pairs):
-        for side, completion in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-            row = [*pair.prompt_ids, *completion]
-            found[i, side] = [(n, row[n], row[n + 1]) for n in range(len(pair.prompt_ids) - 1, len(row) - 1)]
-    return found
+def expected(rows: list[TokenizedPair]) -> list[tuple[list[Token], list[Token]]]:
+    """The same from the rows: in prompt + completion, token n + 1 is predicted at position n, where token n stands."""
+    found = []
+    for (prompt, completion), places in zip(oracles.sequences(rows), oracles.scored(rows), strict=True):
+        text = [*prompt, *completion]
+        found.append([(n, text[n], text[n + 1]) for n in (len(prompt) + place - 1 for place in places)])
+    return list(zip(found[0::2], found[1::2], strict=True))
 
 
 # --- properties of any batch ---
@@ -77,23 +101,56 @@ def expected(pairs: list[TokenizedPair]) -> dict[tuple[int, str], list[tuple[int
 
 @given(batches, multiples)
 @quick
-def test_both_layouts_list_exactly_the_completion_tokens(pairs, multiple):
-    assert scored(flat(pairs, multiple)) == scored(padded(pairs, multiple)) == expected(pairs)
+def test_both_layouts_list_exactly_the_scored_tokens(rows, multiple):
+    assert scored(flat(rows, multiple)) == scored(padded(rows, multiple)) == expected(rows)
 
 
 @given(batches, multiples)
 @quick
-def test_flat_row_token_by_token(pairs, multiple):
-    """prompt | chosen | rejected, each completion's positions going on from the prompt's."""
+def test_each_completion_is_there_once(rows, multiple):
+    """However many pairs share it: C completions, and the tokens of all of them but the unscored ones."""
+    count = sum(len(row.completions) for row in rows)
+    tokens = sum(len(ids) for row in rows for ids in row.completions)
+    left_out = sum(end - start for row in rows for _, start, end in row.unscored)
+    for batch in (flat(rows, multiple), padded(rows, multiple)):
+        assert len(batch.lengths) == count
+        assert len(batch.score_at) == tokens - left_out
+
+
+@given(batches, multiples)
+@quick
+def test_pairs_carry_what_their_row_says(rows, multiple):
+    for collate in (flat_inputs, padded_inputs):
+        inputs = collate(rows, PAD, multiple)
+        listed = [(i, row, pair) for i, row in enumerate(rows) for pair in row.pairs]
+        assert inputs["example_ids"].tolist() == [row.example_id for _, row, _ in listed]
+        assert inputs["weight"].tolist() == [row.weight for _, row, _ in listed]
+        assert inputs["row"].tolist() == [i for i, _, _ in listed]
+        assert inputs["row"].dtype == inputs["example_ids"].dtype == torch.int64
+        given_margins = [pair.margin for _, _, pair in listed]
+        if set(given_margins) == {None}:
+            assert "margin" not in inputs
+        else:
+            got = [None if math.isnan(m) else m for m in inputs["margin"].tolist()]
+            assert got == given_margins
+            assert inputs["margin"].dtype == torch.float32
+
+
+@given(batches, multiples)
+@quick
+def test_flat_row_token_by_token(rows, multiple):
+    """prompt | completion 0 | completion 1 | ..., each completion's positions going on from the prompt's."""
     ids: list[int] = []
     positions: list[int] = []
-    for pair in pairs:
-        for completion, start in ((pair.prompt_ids, 0), (pair.chosen_ids, None), (pair.rejected_ids, None)):
-            first = len(pair.prompt_ids) if start is None else start
-            for n, token in enumerate(completion):
+    for row in rows:
+        for part, start in (
+            (row.prompt_ids, 0),
+            *((completion, len(row.prompt_ids)) for completion in row.completions),
+        ):
+            for n, token in enumerate(part):
                 ids.append(token)
-                positions.append(first + n)
-    batch = flat(pairs, multiple)
+                positions.append(start + n)
+    batch = flat(rows, multiple)
     n = len(ids)
     assert batch.input_ids[0, :n].tolist() == ids
     assert batch.position_ids[0, :n].tolist() == positions
@@ -104,9 +161,9 @@ def test_flat_row_token_by_token(pairs, multiple):
 
 @given(batches, multiples)
 @quick
-def test_segments_say_who_sees_whom(pairs, multiple):
+def test_segments_say_who_sees_whom(rows, multiple):
     """Expanded to a [T, T] mask, the segments are the mask decided token by token; padding sees padding only."""
-    batch = flat(pairs, multiple)
+    batch = flat(rows, multiple)
     length = batch.input_ids.shape[1]
     mask, start = torch.zeros(length, length, dtype=torch.bool), 0
     segments = zip(batch.segments.length, batch.segments.prefix_start, batch.segments.prefix_length, strict=True)
@@ -117,7 +174,7 @@ def test_segments_say_who_sees_whom(pairs, multiple):
         start += n
     assert start == length, "segments fill the row"
     used = batch.num_tokens
-    assert torch.equal(mask[:used, :used], oracles.visible(pairs))
+    assert torch.equal(mask[:used, :used], oracles.visible(rows))
     assert not mask[:used, used:].any()
     assert not mask[used:, :used].any()
     assert mask.any(dim=1).all(), "a token that sees nothing is NaN"
@@ -125,34 +182,75 @@ def test_segments_say_who_sees_whom(pairs, multiple):
 
 @given(batches, multiples)
 @quick
-def test_padded_rows_token_by_token(pairs, multiple):
-    """Chosen rows, then rejected rows, right-padded; the masks mark what they say."""
-    inputs = padded_inputs(pairs, PAD, multiple)
-    rows = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+def test_padded_rows_token_by_token(rows, multiple):
+    """The first completion of every row, then the second ...: right-padded; the masks mark what they say."""
+    inputs = padded_inputs(rows, PAD, multiple)
+    texts = [
+        (row.prompt_ids, row.completions[k], [range(a, b) for n, a, b in row.unscored if n == k])
+        for k in range(5)
+        for row in rows
+        if k < len(row.completions)
+    ]
     width = inputs["input_ids"].shape[1]
-    for r, (prompt, completion) in enumerate(rows):
+    for r, (prompt, completion, left_out) in enumerate(texts):
         empty = width - len(prompt) - len(completion)
+        scored = [int(not any(t in stretch for stretch in left_out)) for t in range(len(completion))]
         assert inputs["input_ids"][r].tolist() == [*prompt, *completion, *[PAD] * empty]
         assert inputs["attention_mask"][r].tolist() == [1] * (width - empty) + [0] * empty
-        assert inputs["completion_mask"][r].tolist() == [0] * len(prompt) + [1] * len(completion) + [0] * empty
-    assert inputs["num_tokens"] == sum(len(p) + len(c) for p, c in rows)
+        assert inputs["completion_mask"][r].tolist() == [0] * len(prompt) + scored + [0] * empty
+    assert len(inputs["input_ids"]) == len(texts)
+    assert inputs["num_tokens"] == sum(len(p) + len(c) for p, c, _ in texts)
+
+
+@given(batches_of_two)
+@quick
+def test_rows_of_two_are_padded_as_every_library_does(rows):
+    """N chosen rows, then N rejected rows."""
+    inputs = padded_inputs(rows, PAD)
+    n = len(rows)
+    assert inputs["input_ids"].shape[0] == 2 * n
+    assert inputs["chosen"].tolist() == list(range(n))
+    assert inputs["rejected"].tolist() == list(range(n, 2 * n))
 
 
 @given(batches, st.sampled_from([1, 3, 8]))
 @quick
-def test_rows_are_rounded_up_and_no_further(pairs, multiple):
+def test_rows_are_rounded_up_and_no_further(rows, multiple):
     for collate in (flat_inputs, padded_inputs):
-        plain = collate(pairs, PAD)["input_ids"].shape[1]
-        rounded = collate(pairs, PAD, multiple)["input_ids"].shape[1]
+        plain = collate(rows, PAD)["input_ids"].shape[1]
+        rounded = collate(rows, PAD, multiple)["input_ids"].shape[1]
         assert rounded % multiple == 0
         assert 0 <= rounded - plain < multiple
 
 
 @given(batches, multiples)
 @quick
-def test_pairs_come_back_out_of_a_batch(pairs, multiple):
-    assert pairs_of(flat(pairs, multiple)) == pairs
-    assert pairs_of(padded(pairs, multiple)) == pairs
+def test_rows_come_back_out_of_a_flat_batch(rows, multiple):
+    assert pairs_of(flat(rows, multiple)) == rows
+
+
+@given(batches, multiples)
+@quick
+def test_pairs_come_back_out_of_a_padded_batch(rows, multiple):
+    """Rows of two, whole; of others, what is scored of each pair, behind all that stands before it."""
+    plain = [dataclasses.replace(row, more_ids=(), pairs=(Preferred(0, 1, 0.5),), unscored=()) for row in rows]
+    assert pairs_of(padded(plain, multiple)) == plain
+    got = pairs_of(padded(rows, multiple))
+    want = oracles.apart(rows)
+    assert [(p.example_id, p.weight, p.pairs) for p in got] == [(p.example_id, p.weight, p.pairs) for p in want]
+    places = oracles.scored(want)
+    for i, (pair, whole) in enumerate(zip(got, want, strict=True)):
+        chosen, rejected = ([ids[t] for t in places[2 * i + k]] for k, ids in enumerate(whole.completions))
+        assert (pair.chosen_ids, pair.rejected_ids) == (chosen, rejected)
+        assert pair.prompt_ids == (whole.prompt_ids + whole.chosen_ids)[: len(whole.prompt_ids) + places[2 * i][0]]
+
+
+def test_stretches_come_back_joined():
+    """However they were written down: the same tokens are scored."""
+    (row,) = oracles.random_pairs([(2, 6, 3)])
+    written = dataclasses.replace(row, unscored=((1, 1, 2), (0, 3, 5), (0, 1, 2), (0, 2, 4)))
+    (got,) = pairs_of(flat([written]))
+    assert got == dataclasses.replace(row, unscored=((0, 1, 5), (1, 1, 2)))
 
 
 def assert_same_batch(got: PairBatch, want: PairBatch) -> None:
@@ -160,15 +258,15 @@ def assert_same_batch(got: PairBatch, want: PairBatch) -> None:
         a, b = getattr(got, field.name), getattr(want, field.name)
         if isinstance(b, torch.Tensor):
             assert a.dtype == b.dtype, field.name
-            assert torch.equal(a, b), field.name
+            assert torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0)), field.name  # no margin is -7
         else:
             assert a == b, field.name
 
 
 @given(batches, multiples)
 @quick
-def test_a_flat_batch_can_be_taken_apart_into_padded_rows(pairs, multiple):
-    assert_same_batch(as_padded(flat(pairs, multiple), PAD), padded(pairs))
+def test_a_flat_batch_can_be_taken_apart_into_padded_rows(rows, multiple):
+    assert_same_batch(as_padded(flat(rows, multiple), PAD), padded(rows))
 
 
 def test_a_padded_batch_stays_as_it_is():
@@ -176,37 +274,49 @@ def test_a_padded_batch_stays_as_it_is():
     assert as_padded(batch, PAD) is batch
 
 
-@given(batches, multiples)
+@given(batches_of_two, multiples)
 @quick
-def test_our_padded_batch_read_by_its_masks_alone(pairs, multiple):
+def test_our_padded_batch_read_by_its_masks_alone(rows, multiple):
     """What another library reads from our collator's keys is what we read: the keys mean what they mean elsewhere."""
-    inputs = padded_inputs(pairs, PAD, multiple)
-    names = ("input_ids", "attention_mask", "completion_mask", "example_ids", "weight")
-    foreign = PairBatch.from_completion_mask({name: inputs[name] for name in names})
+    inputs = padded_inputs(rows, PAD, multiple)
+    names = ("input_ids", "attention_mask", "completion_mask", "example_ids", "weight", "margin")
+    foreign = PairBatch.from_completion_mask({name: inputs[name] for name in names if name in inputs})
     assert_same_batch(foreign, PairBatch.from_inputs(inputs))
 
 
 @given(batches)
 @quick
-def test_sizes_of_the_two_layouts(pairs):
-    """p + c + r tokens a pair, against 2 N times the longest row: the reason for the flat layout."""
-    total = sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-    longest = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
-    assert flat(pairs).input_ids.shape == (1, total)
-    assert padded(pairs).input_ids.shape == (2 * len(pairs), longest)
+def test_sizes_of_the_two_layouts(rows):
+    """prompt + completions a row, against all completions times the longest: the reason for the flat layout."""
+    total = sum(len(row.prompt_ids) + sum(map(len, row.completions)) for row in rows)
+    longest = max(len(row.prompt_ids) + max(map(len, row.completions)) for row in rows)
+    assert flat(rows).input_ids.shape == (1, total)
+    assert padded(rows).input_ids.shape == (sum(len(row.completions) for row in rows), longest)
 
 
 # --- the collator ---
 
 ROW = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
+# 1 > 2 by half a point, 0 > 2 by nobody knows how much; of the third completion, a tool wrote the 21 and the 22.
+RANKED = {
+    "example_id": 8,
+    "prompt_ids": [6, 7],
+    "chosen_ids": [8],
+    "rejected_ids": [9, 10],
+    "more_ids": [[20, 21, 22, 23]],
+    "pairs": [[1, 2], [0, 2]],
+    "margin": [0.5, None],
+    "unscored": [[2, 1, 3]],
+    "weight": 2.0,
+}
 
 
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_the_first_tensor_has_one_entry_per_pair(layout):
     """accelerate and Trainer take the batch size from the first tensor of the dict."""
-    inputs = DataCollatorForPreference(PAD, layout=layout)([ROW] * 3)
+    inputs = DataCollatorForPreference(PAD, layout=layout)([ROW, RANKED, ROW])
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
-    assert first.shape == (3,)
+    assert first.shape == (4,)
     assert "labels" not in inputs  # would switch on another count of tokens in Trainer
     assert inputs["example_ids"].dtype == torch.int64
     assert inputs["weight"].dtype == torch.float32
@@ -228,6 +338,72 @@ def test_flat_by_hand():
     assert inputs["num_tokens"] == 5
 
 
+def test_ranked_row_by_hand():
+    """Behind an ordinary row, flat: 1 2 3 4 5 | 6 7 8 | 9 10 | 20 21 22 23. The 23 is predicted by the 22 that nobody scores."""
+    inputs = DataCollatorForPreference(PAD, pad_to_multiple_of=8)([ROW, RANKED])
+    assert inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 21, 22, 23, 0, 0]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 2, 3, 2, 3, 4, 5, 0, 1]]
+    assert inputs["score_at"].tolist() == [1, 1, 3, 6, 6, 8, 6, 12]
+    assert inputs["target_ids"].tolist() == [3, 4, 5, 8, 9, 10, 20, 23]
+    assert inputs["completion"].tolist() == [0, 1, 1, 2, 3, 3, 4, 4]
+    assert inputs["completion_position"].tolist() == [0, 0, 1, 0, 0, 1, 0, 1]
+    assert inputs["lengths"].tolist() == [1, 2, 1, 2, 2]
+    assert inputs["chosen"].tolist() == [0, 3, 2]
+    assert inputs["rejected"].tolist() == [1, 4, 4]
+    assert inputs["example_ids"].tolist() == [0, 8, 8]
+    assert inputs["row"].tolist() == [0, 1, 1]
+    assert inputs["weight"].tolist() == [1.0, 2.0, 2.0]
+    assert str(inputs["margin"].tolist()) == "[nan, 0.5, nan]"
+    assert inputs["num_tokens"] == 14
+    assert inputs["segments"].length == (3, 2, 3, 2, 4, 2)
+    assert inputs["segments"].prefix_start == (0, 0, 0, 5, 5, 0)
+    assert inputs["segments"].prefix_length == (0, 2, 0, 2, 2, 0)
+
+
+def test_ranked_row_in_padded_rows_by_hand():
+    """Both first completions, both second ones, and the third of the one row that has it."""
+    inputs = DataCollatorForPreference(PAD, layout="padded")([ROW, RANKED])
+    assert inputs["input_ids"].tolist() == [
+        [1, 2, 3, 0, 0, 0],
+        [6, 7, 8, 0, 0, 0],
+        [1, 2, 4, 5, 0, 0],
+        [6, 7, 9, 10, 0, 0],
+        [6, 7, 20, 21, 22, 23],
+    ]
+    assert inputs["completion_mask"][4].tolist() == [0, 0, 1, 0, 0, 1]
+    assert inputs["attention_mask"][4].tolist() == [1] * 6
+    assert inputs["score_at"].tolist() == [1, 7, 13, 14, 19, 20, 25, 28]
+    assert inputs["chosen"].tolist() == [0, 3, 1]
+    assert inputs["rejected"].tolist() == [2, 4, 4]
+    assert inputs["num_tokens"] == 3 + 3 + 4 + 4 + 6
+
+
+def test_columns_of_a_prepared_dataset_for_an_ordinary_row():
+    """What preparation writes for rows that are not ranked changes nothing."""
+    written = {
+        "example_id": 0,
+        "more_ids": [],
+        "pairs": [[0, 1]],
+        "margin": [],
+        "unscored": [],
+        "weight": 1.0,
+        "length": 5,
+    }
+    for layout in ("flat", "padded"):
+        collate = DataCollatorForPreference(PAD, layout=layout)
+        got, want = collate([ROW | written]), collate([ROW])
+        assert got.keys() == want.keys()
+        assert "margin" not in got
+        assert all(torch.equal(got[k], v) for k, v in want.items() if isinstance(v, torch.Tensor))
+    nothing = dict.fromkeys(("example_id", "more_ids", "pairs", "margin", "unscored", "weight"))
+    assert collate([ROW | nothing]).keys() == want.keys()
+
+
+@pytest.mark.parametrize("margin", [1.5, [1.5], torch.tensor(1.5), torch.tensor([1.5])], ids=str)
+def test_a_margin_may_be_a_number_or_a_list(margin):
+    assert DataCollatorForPreference(PAD)([ROW | {"margin": margin}])["margin"].tolist() == [1.5]
+
+
 def test_example_ids_and_weights_are_taken_from_the_rows():
     rows = [{**ROW, "example_id": 7, "weight": 0.25}, {**ROW, "example_id": 2**40}, ROW]
     inputs = DataCollatorForPreference(PAD)(rows)
@@ -236,10 +412,13 @@ def test_example_ids_and_weights_are_taken_from_the_rows():
 
 
 def test_rows_of_tensors_and_other_columns_are_read_too():
-    tensors = {name: torch.tensor(ids) for name, ids in ROW.items()} | {"length": 5}
+    lists = RANKED | {"margin": [0.5, 0.25]}
+    tensors = {name: torch.tensor(value) for name, value in lists.items()} | {"length": 5}
+    tensors["more_ids"] = [torch.tensor(lists["more_ids"][0])]  # as `with_format("torch")` gives uneven lists
     for layout in ("flat", "padded"):
         got = DataCollatorForPreference(PAD, layout=layout)([tensors])
-        want = DataCollatorForPreference(PAD, layout=layout)([ROW])
+        want = DataCollatorForPreference(PAD, layout=layout)([lists])
+        assert got.keys() == want.keys()
         assert all(torch.equal(got[k], v) for k, v in want.items() if isinstance(v, torch.Tensor))
 
 
@@ -248,8 +427,30 @@ def test_rows_of_tensors_and_other_columns_are_read_too():
 def test_a_row_without_tokens_is_named(name, how):
     bad = {**ROW, "example_id": 41, name: []} if how == "empty" else {k: v for k, v in ROW.items() if k != name}
     row = 41 if how == "empty" else 1
-    with pytest.raises(ValueError, match=f"Row {row} of the batch has no {name}"):
+    with pytest.raises(ValueError, match=f"Row {row} of the batch, column '{name}'.*Give at least one token"):
         DataCollatorForPreference(PAD)([ROW, bad])
+
+
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        ({"pairs": [[0, 1], [0, 3]]}, r"column 'pairs': holds \(0, 3\) for 3 completions"),
+        ({"pairs": [[0, 1], [0, -1]]}, r"column 'pairs': holds \(0, -1\) for 3 completions"),
+        ({"pairs": [[1, 1], [0, 1]]}, r"column 'pairs': holds \(1, 1\)"),
+        ({"pairs": [[0, 1, 2], [0, 1]]}, r"column 'pairs': holds \(0, 1, 2\)"),
+        ({"margin": [1.0]}, r"column 'margin': is \[1.0\] for 2 pairs"),
+        ({"margin": [1.0, math.inf]}, r"column 'margin': is \[1.0, inf\]"),
+        ({"more_ids": [[]]}, r"column 'more_ids\[0\]': is \[\].*Give at least one token"),
+        ({"unscored": [[3, 0, 1]]}, r"column 'unscored': holds \[3, 0, 1\]"),
+        ({"unscored": [[2, 1, 5]]}, r"column 'unscored': holds \[2, 1, 5\]"),
+        ({"unscored": [[2, 0, 4]]}, r"column 'unscored': leaves a completion without a scored token"),
+        ({"weight": -1.0}, r"column 'weight': is -1.0"),
+    ],
+    ids=str,
+)
+def test_a_row_that_contradicts_itself_is_named(columns, what):
+    with pytest.raises(ValueError, match=f"Row 8 of the batch, {what}"):
+        DataCollatorForPreference(PAD)([ROW, RANKED | columns])
 
 
 def test_an_unknown_layout_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from dpo_trainer import DPOConfig, config
+from dpo_trainer.data import DataOptions, options
 from dpo_trainer.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +152,13 @@ REFUSALS = [
     ({"simpo_gamma": -1.0, "loss_type": "simpo"}, "--simpo_gamma must be at least 0, got -1.0", "0 asks"),
     ({"ipo_normalization": "word"}, "--ipo_normalization 'word' is not one of token, sequence", "token"),
     ({"cpo_alpha": -1.0, "loss_type": "cpo"}, "--cpo_alpha must be at least 0, got -1.0", "switches"),
+    ({"odpo_alpha": -1.0, "loss_type": "odpo"}, "--odpo_alpha must be at least 0, got -1.0", "plain DPO"),
+    (
+        {"odpo_alpha": 0.5},
+        "--odpo_alpha 0.5 would be ignored by --loss_type sigmoid: it is used by odpo",
+        "Leave it out",
+    ),
+    ({"odpo_offset": "sqrt", "loss_type": "odpo"}, "--odpo_offset 'sqrt' is not one of log, linear", "log"),
     ({"dpop_lambda": -1.0, "loss_type": "dpop"}, "--dpop_lambda must be at least 0, got -1.0", "plain DPO"),
     ({"chi_po_reward_bound": 0.0, "loss_type": "chi_po"}, "--chi_po_reward_bound must be above 0, got 0.0", "no clip"),
     ({"precompute_ref_log_probs": True}, "--precompute_ref_log_probs is not available", "leave it off"),
@@ -163,6 +172,8 @@ REFUSALS = [
     ({"pad_to_multiple_of": 0}, "--pad_to_multiple_of must be an integer of at least 1, or None, got 0", "None"),
     ({"max_length": 9, "max_prompt_length": 9}, "--max_prompt_length 9 leaves no room", "raise --max_length"),
     ({"truncation_mode": "keep_middle"}, "--truncation_mode 'keep_middle' is not one of keep_start, keep_end", "keep"),
+    ({"too_long": "cut"}, "--too_long 'cut' is not one of truncate, drop, error", "drop"),
+    ({"max_pairs_per_prompt": 0}, "--max_pairs_per_prompt must be an integer of at least 1, or None, got 0", "None"),
     ({"useless_pairs": "keep"}, "--useless_pairs 'keep' is not one of drop, error", "drop"),
     ({"layout": None}, "--layout None is not one of auto, flat, padded", "auto"),
     ({"layout": "falt"}, "--layout 'falt' is not one of auto, flat, padded", "Did you mean 'flat'"),
@@ -259,8 +270,16 @@ def test_the_reader_tells_an_option_from_a_namesake():
 
 def test_no_field_is_read_by_nobody():
     assert {"beta", "layout", "loss_type"} <= OWN
-    unread = OWN - names_read() - DONE_IN_CONFIG - REFUSED
+    of_data = {option.name for option in dataclasses.fields(DataOptions)}  # DataOptions.from_config takes them all
+    unread = OWN - names_read() - of_data - DONE_IN_CONFIG - REFUSED
     assert unread == set(), "these options would be silently ignored"
+
+
+def test_no_data_option_is_read_by_nobody():
+    text = "".join(path.read_text() for path in Path(options.__file__).parent.glob("*.py"))
+    assert {"too_long", "deduplicate"} <= {option.name for option in dataclasses.fields(DataOptions)}
+    for option in dataclasses.fields(DataOptions):
+        assert re.search(rf"\b(self|options)\.{option.name}\b", text), option.name
 
 
 def test_loss_module_is_imported(tmp_path):
@@ -293,6 +312,8 @@ ROUND_TRIP = {
     "discopop_tau": (0.1, {"loss_type": "discopop"}),
     "simpo_gamma": (1.5, {"loss_type": "simpo"}),
     "ipo_normalization": ("sequence", {"loss_type": "ipo"}),
+    "odpo_alpha": (0.5, {"loss_type": "odpo"}),
+    "odpo_offset": ("linear", {"loss_type": "odpo"}),
     "cpo_alpha": (0.5, {"loss_type": "cpo"}),
     "dpop_lambda": (5.0, {"loss_type": "dpop"}),
     "chi_po_reward_bound": (2.0, {"loss_type": "chi_po"}),
@@ -303,7 +324,11 @@ ROUND_TRIP = {
     "max_prompt_length": 33,
     "max_completion_length": 44,
     "truncation_mode": "keep_end",
+    "too_long": "drop",
     "useless_pairs": "error",
+    "deduplicate": True,
+    "max_pairs_per_prompt": 4,
+    "allow_special_tokens_in_text": True,
     "dataset_num_proc": 2,
     "layout": "padded",
     "pad_to_multiple_of": 8,

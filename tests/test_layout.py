@@ -28,6 +28,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 PAIRS = oracles.random_pairs([(5, 3, 6), (2, 4, 3), (9, 4, 2)])
+RANKED = oracles.random_pairs([(5, 3, 6, 4), (2, 4, 3), (3, 4, 2, 3, 5)])
+RANKED[0] = dataclasses.replace(RANKED[0], unscored=((1, 1, 3), (2, 0, 2)))
 
 
 def batch_of(layout: str = "flat", pairs: Any = PAIRS) -> PairBatch:
@@ -40,10 +42,10 @@ def choose(model: nn.Module, requested: str = "auto", **options: Any) -> tuple[L
 
 
 @torch.no_grad()
-def assert_scores_right(scorer: Scorer, model: nn.Module, batch: PairBatch) -> None:
+def assert_scores_right(scorer: Scorer, model: nn.Module, batch: PairBatch, pairs: Any = PAIRS) -> None:
     logps = scorer(model, batch)
     got = torch.stack([logps.chosen, logps.rejected], dim=1).flatten().double()
-    torch.testing.assert_close(got, oracles.sums(model, PAIRS), rtol=0, atol=oracles.NATS)
+    torch.testing.assert_close(got, oracles.sums(model, pairs), rtol=0, atol=oracles.NATS)
 
 
 # --- models that cheat ---
@@ -119,7 +121,7 @@ def test_a_model_that_gets_flat_rows_wrong_falls_back_with_its_name(kind, caplog
     assert layout.name == "padded"
     assert not batch.is_flat
     assert scorer.through_head
-    assert f"{kind.__name__} is trained with padded rows. Checked on two short pairs: flat: " in caplog.text
+    assert f"{kind.__name__} is trained with padded rows. Checked on two short rows: flat: " in caplog.text
     assert ROW_CHEATS[kind] in caplog.text
     assert_scores_right(scorer, model, batch)
 
@@ -166,22 +168,64 @@ def test_the_check_looks_past_completions_of_one_token():
         assert layout.name == "padded", lengths
 
 
-def test_a_batch_of_one_pair_is_checked_against_a_neighbour(monkeypatch):
-    """Micro-batches of 1 are common, evaluation batches are larger: pairs that see each other must not pass."""
+def sees_also(number: int, row: int, what: str) -> Any:
+    """`flat_inputs` with a wrong mask: completion `number` of row `row` sees more than its prompt."""
 
-    def leaking(pairs: Any, pad: int) -> dict[str, Any]:
-        inputs = flat_inputs(pairs, pad)
-        segments, first = inputs["segments"], inputs["segments"].length[0]
-        if len(pairs) > 1:  # the second pair sees the chosen half of the first
-            seen = (*segments.prefix_length[:2], first, *segments.prefix_length[3:])
-            inputs["segments"] = dataclasses.replace(segments, prefix_length=seen)
+    def wrong(rows: Any, pad: int) -> dict[str, Any]:
+        inputs = flat_inputs(rows, pad)
+        segments = inputs["segments"]
+        at = sum(len(r.completions) for r in rows[:row]) + number
+        if at < len(segments.length):
+            starts, lengths = list(segments.prefix_start), list(segments.prefix_length)
+            if what == "the row before":
+                starts[at], lengths[at] = 0, segments.length[0]
+            else:
+                lengths[at] += len(rows[row].chosen_ids)
+            inputs["segments"] = dataclasses.replace(
+                segments, prefix_start=tuple(starts), prefix_length=tuple(lengths)
+            )
         return inputs
 
-    monkeypatch.setattr(layout_module, "flat_inputs", leaking)
+    return wrong
+
+
+def test_a_batch_of_one_row_is_checked_against_a_neighbour(monkeypatch):
+    """Micro-batches of 1 are common, evaluation batches are larger: rows that see each other must not pass."""
+    monkeypatch.setattr(layout_module, "flat_inputs", sees_also(0, 1, "the row before"))
     model = tiny.llama()
     layout, _ = choose(model)
     layout.settle(model, batch_of(pairs=PAIRS[:1]))
     assert layout.name == "padded"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("rows", [PAIRS, RANKED], ids=["rows of two", "ranked rows"])
+def test_a_wrong_mask_of_any_completion_is_seen(rows, number, monkeypatch):
+    """Of a third one too, whether or not the first batch has any: a later one may."""
+    monkeypatch.setattr(layout_module, "flat_inputs", sees_also(number, 1, "the first completion"))
+    model = tiny.llama()
+    layout, _ = choose(model)
+    layout.settle(model, batch_of(pairs=rows))
+    assert layout.name == "padded"
+
+
+def test_ranked_rows_fall_back_to_padded_ones():
+    """The flat batch is taken apart, unscored tokens and all: the same numbers as the oracle's."""
+    model = cheat(IgnoresSegments)
+    layout, scorer = choose(model)
+    batch = layout.settle(model, batch_of(pairs=RANKED))
+    assert not batch.is_flat
+    assert batch.input_ids.shape[0] == 3 + 2 + 4
+    assert len(batch.chosen) == 3 + 1 + 6
+    assert_scores_right(scorer, model, batch, RANKED)
+
+
+def test_an_honest_model_keeps_its_flat_rows_when_they_are_ranked():
+    model = tiny.llama()
+    layout, scorer = choose(model)
+    batch = batch_of(pairs=RANKED)
+    assert layout.settle(model, batch) is batch
+    assert_scores_right(scorer, model, batch, RANKED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -331,31 +375,31 @@ def test_the_check_sees_the_model_that_is_trained():
 
 
 def test_the_check_uses_few_tokens():
-    """Long pairs are cut: the end of the prompt, the beginnings of the completions."""
-    pairs = oracles.random_pairs([(100, 90, 80), (70, 60, 50), (300, 200, 100)])
-    short = layout_module._short(pairs)
-    assert [p.example_id for p in short] == [11, 10], "the two shortest"
-    for cut, whole in zip(short, (pairs[1], pairs[0]), strict=True):
+    """Long rows are cut: the end of the prompt, the beginnings of three completions."""
+    rows = oracles.random_pairs([(100, 90, 80), (70, 60, 50, 55, 80), (300, 200, 100), (70, 60, 50, 55, 81)])
+    short = layout_module._short(rows)
+    assert [row.example_id for row in short] == [10, 11], "the two shortest"
+    for cut, whole in zip(short, rows[:2], strict=True):
         assert cut.prompt_ids == whole.prompt_ids[-CHECK_TOKENS:]
-        assert cut.chosen_ids == whole.chosen_ids[:CHECK_TOKENS]
-        assert cut.rejected_ids == whole.rejected_ids[:CHECK_TOKENS]
+        third = whole.more_ids[0] if whole.more_ids else whole.rejected_ids[::-1]
+        assert cut.completions == [ids[:CHECK_TOKENS] for ids in (whole.chosen_ids, whole.rejected_ids, third)]
+        assert {number for pair in cut.pairs for number in pair[:2]} == {0, 1, 2}, "each one counts"
 
 
-def test_what_the_check_compares_is_the_same_whatever_the_layout():
-    """Sums, and one gradient row per token of prompt, chosen, rejected: so that a difference means an error."""
+@pytest.mark.parametrize("rows", [PAIRS, RANKED], ids=["rows of two", "ranked rows"])
+def test_what_the_check_compares_is_the_same_whatever_the_layout(rows):
+    """Sums, and one gradient row per token of prompt and completions: so that a difference means an error."""
     model = tiny.llama().eval()
     scorer = Scorer(model)
     (flat, flat_grad), (padded, padded_grad) = (
-        layout_module._measure(scorer, model, PAIRS, name, 0) for name in ("flat", "padded")
+        layout_module._measure(scorer, model, rows, name, 0) for name in ("flat", "padded")
     )
-    tokens = sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in PAIRS)
+    tokens = sum(len(row.prompt_ids) + sum(map(len, row.completions)) for row in rows)
     assert flat_grad.shape == padded_grad.shape == (tokens, tiny.SIZES["hidden_size"])
     torch.testing.assert_close(flat, padded, rtol=0, atol=oracles.NATS)
     assert (flat_grad - padded_grad).norm() < 1e-4 * padded_grad.norm()
-    assert flat.tolist() == pytest.approx(
-        oracles.sums(model, PAIRS).view(-1, 2).T.flatten().tolist(), abs=oracles.NATS
-    )
-    last = torch.cat([torch.tensor([0] * (len(p.prompt_ids) + len(p.chosen_ids) - 1) + [1]) for p in PAIRS[:1]])
+    assert flat.tolist() == pytest.approx(oracles.sums(model, rows).view(-1, 2).T.flatten().tolist(), abs=oracles.NATS)
+    last = torch.cat([torch.tensor([0] * (len(p.prompt_ids) + len(p.chosen_ids) - 1) + [1]) for p in rows[:1]])
     assert flat_grad[: len(last)][last == 1].abs().max() == 0, "a completion's last token predicts nothing"
 
 

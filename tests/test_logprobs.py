@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import oracles
@@ -22,7 +23,7 @@ from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from dpo_trainer import head as head_module
 from dpo_trainer import logprobs
-from dpo_trainer.batch import PairBatch, PairLogps
+from dpo_trainer.batch import PairBatch, PairLogps, Preferred, TokenizedPair
 from dpo_trainer.data.collate import flat_inputs, padded_inputs
 from dpo_trainer.head import Head, chunk_size, stats_of
 from dpo_trainer.logprobs import METRIC_STATS, Scorer, base_model, evaluation_mode, router_loss_weight
@@ -32,8 +33,8 @@ LAYOUTS = {"flat": flat_inputs, "padded": padded_inputs}
 STATS = METRIC_STATS | {"log_sum_sq"}
 
 
-def batch_of(layout: str = "flat") -> PairBatch:
-    return PairBatch.from_inputs(LAYOUTS[layout](PAIRS, 0))
+def batch_of(layout: str = "flat", rows: Sequence[TokenizedPair] = PAIRS) -> PairBatch:
+    return PairBatch.from_inputs(LAYOUTS[layout](rows, 0))
 
 
 def sums(logps: PairLogps) -> Tensor:
@@ -41,12 +42,14 @@ def sums(logps: PairLogps) -> Tensor:
     return torch.stack([logps.chosen, logps.rejected], dim=1).flatten()
 
 
-def score(model: nn.Module, layout: str = "flat", **options: Any) -> tuple[PairLogps, dict[str, Tensor]]:
+def score(
+    model: nn.Module, layout: str = "flat", rows: Sequence[TokenizedPair] = PAIRS, **options: Any
+) -> tuple[PairLogps, dict[str, Tensor]]:
     """Log-probs, and the gradients of their mix, as a training step gets them."""
     model.zero_grad()
     scorer = Scorer(model, **options)
     with scorer.step():
-        logps = scorer(model, batch_of(layout))
+        logps = scorer(model, batch_of(layout, rows))
         oracles.mix(sums(logps)).backward()
     return logps, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -141,6 +144,76 @@ def test_bfloat16_models_sum_in_float32():
     want = oracles.sums(model, PAIRS)
     assert got.chosen.dtype == torch.float32
     torch.testing.assert_close(sums(got).detach().double(), want, rtol=0.02, atol=0)
+
+
+# --- rows of several completions, and tokens that are read but not scored ---
+
+MIXED = oracles.random_pairs([(5, 3, 6), (4, 2, 5, 3), (1, 1, 1), (6, 3, 1, 4, 2, 5)])
+MIXED[0] = dataclasses.replace(MIXED[0], unscored=((1, 1, 4),))
+MIXED[1] = dataclasses.replace(MIXED[1], unscored=((0, 0, 1), (2, 2, 3)), pairs=(Preferred(0, 1), Preferred(2, 1)))
+MIXED[3] = dataclasses.replace(MIXED[3], unscored=((2, 1, 2), (4, 0, 2), (4, 3, 4)))
+ROWS = {
+    "K = 2": oracles.random_pairs([(5, 3, 6), (2, 4, 1)]),
+    "K = 3": oracles.random_pairs([(5, 3, 6, 2), (2, 4, 1, 3)]),
+    "K = 5": oracles.random_pairs([(5, 3, 6, 2, 1, 4)]),
+    "mixed": MIXED,
+}
+# Plain; soft caps and sliding windows; sinks and experts; learned positions; a window shorter than the rows.
+ARCHITECTURES = ["llama", "gemma2", "gpt-oss", "gpt2", "mistral"]
+
+
+@cache
+def answer_of(name: str, rows: str) -> tuple[nn.Module, Answer]:
+    model = FLAT[name].build()
+    return model, oracles.answer(model, ROWS[rows])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_of_several_completions_against_the_oracle(name, rows, layout):
+    """Each completion behind its prompt as if nothing else were there; gradients of all pairs that share it add up."""
+    model, want = answer_of(name, rows)
+    got, gradients = score(model, layout, ROWS[rows])
+    assert len(got.chosen) == sum(len(row.pairs) for row in ROWS[rows])
+    assert_equals_oracle(got, gradients, want)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_third_completion_that_sees_the_first_would_show(name):
+    """In the two pairs that it is in, and nowhere else: (0, 1), (0, 2), (1, 2) of the first row, then those of the second."""
+    model, want = answer_of(name, "K = 3")
+    batch, longer = batch_of("flat", ROWS["K = 3"]), len(ROWS["K = 3"][0].chosen_ids)
+    before, (third, *after) = batch.segments.prefix_length[:2], batch.segments.prefix_length[2:]
+    wrong = dataclasses.replace(batch.segments, prefix_length=(*before, third + longer, *after))
+    with torch.no_grad():
+        got = sums(Scorer(model)(model, dataclasses.replace(batch, segments=wrong)))
+    assert ((got - want.sums).abs() > 20 * oracles.NATS).nonzero().flatten().tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_token_is_computed_once(rows):
+    """prompt + completions, however many pairs they are in: counted where tokens enter the model."""
+    model, entered = tiny.llama(), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: entered.append(args[0].numel()))
+    batch = batch_of("flat", ROWS[rows])
+    Scorer(model)(model, batch)
+    tokens = sum(len(row.prompt_ids) + sum(map(len, row.completions)) for row in ROWS[rows])
+    assert entered == [tokens]
+    assert batch.num_tokens == tokens
+
+
+def test_unscored_tokens_are_read():
+    """Other tokens there, other log-probs behind them; their own log-probs are in no sum."""
+    row = oracles.random_pairs([(3, 6, 2)])[0]
+    row = dataclasses.replace(row, unscored=((0, 2, 4),))
+    other = dataclasses.replace(row, chosen_ids=[*row.chosen_ids[:2], 5, 6, *row.chosen_ids[4:]])
+    model = tiny.llama()
+    (one, _), (two, _) = score(model, rows=[row]), score(model, rows=[other])
+    assert one.chosen_lengths.tolist() == [4]
+    same, different = one.tokens.logps[:2] - two.tokens.logps[:2], one.tokens.logps[2:4] - two.tokens.logps[2:4]
+    assert same.abs().max() < oracles.NATS
+    assert different.abs().min() > 20 * oracles.NATS
 
 
 # --- chunks ---

@@ -50,7 +50,8 @@ def needed(name: str) -> dict:
 
 def arguments(name: str, **values) -> dict:
     """Of `values`, what this loss takes, and defaults for what it must have."""
-    values = {"beta": 0.1, "delta": 0.0, "label_smoothing": 0.1 if name == "exo_pair" else 0.0, **values}
+    needed = {"delta": 0.0, "margin": torch.tensor(2.0), "label_smoothing": 0.1 if name == "exo_pair" else 0.0}
+    values = {"beta": 0.1, **needed, **values}
     return {key: value for key, value in values.items() if key in LOSSES[name].arguments}
 
 
@@ -101,6 +102,18 @@ BY_HAND = {
     "discopop": [  # m = s(3) = 0.952574: 0.047426 * 0.201413 + 0.952574 * e^-1.5
         Hand(*ONE, {"beta": 0.1, "discopop_tau": 0.5}, [0.222100]),
         Hand(([0.0], [0.0]), ([0.0], [0.0]), {"beta": 0.1}, [0.846574]),  # half of log 2, half of 1
+    ],
+    "odpo": [  # 1.5 less the offset: log e, half of it, log 1, log e^-1/2, and the margin itself
+        Hand(*ONE, {"beta": 0.1, "margin": torch.tensor([math.e])}, [0.474077]),
+        Hand(*ONE, {"beta": 0.1, "margin": torch.tensor([math.e]), "odpo_alpha": 0.5}, [0.313262]),
+        Hand(*ONE, {"beta": 0.1, "margin": torch.tensor([1.0])}, [0.201413]),
+        Hand(*ONE, {"beta": 0.1, "margin": torch.tensor([math.exp(-0.5)])}, [0.126928]),
+        Hand(*ONE, {"beta": 0.1, "margin": torch.tensor([1.5]), "odpo_offset": "linear"}, [LN2]),
+        Hand(
+            *ONE,
+            {"beta": 0.1, "margin": torch.tensor([-0.25]), "odpo_offset": "linear", "odpo_alpha": 2.0},
+            [0.126928],
+        ),
     ],
     "dpop": [
         Hand(*ONE, {"beta": 0.1}, [0.201413]),  # chosen rose: plain DPO
@@ -181,7 +194,9 @@ HYPER = {
     "cpo_alpha": 0.6,
     "dpop_lambda": 1.5,
     "delta": 0.2,
+    "odpo_alpha": 0.8,
 }
+MARGINS = torch.tensor([0.5, 1.0, 2.5, 0.25, 3.0, 1.5, 4.0], dtype=torch.float64)
 
 
 def random_pairs(n=7, seed=0):
@@ -191,7 +206,7 @@ def random_pairs(n=7, seed=0):
     fw, fl = (-2.0 * lengths[:, i] - torch.rand(n, generator=g, dtype=torch.float64) for i in (0, 1))
     pw, pl = ((f + 2 * torch.randn(n, generator=g, dtype=torch.float64)).clamp(max=-0.1) for f in (fw, fl))
     lists = [t.tolist() for t in (pw, pl, fw, fl, lengths[:, 0], lengths[:, 1])]
-    pairs = [P(*values) for values in zip(*lists, strict=True)]
+    pairs = [P(*values) for values in zip(*lists, MARGINS[:n].tolist(), strict=True)]
     lengths = tuple(map(tuple, lengths.tolist()))
     return logps_of(pw, pl, lengths, torch.float64), logps_of(fw, fl, lengths, torch.float64), pairs
 
@@ -203,17 +218,18 @@ def random_pairs(n=7, seed=0):
 def test_oracle(name, kind, token):
     """float64 against `math`: both are exact to about 1e-13 here; float32 within 1e-4 relative of values of order 1."""
     policy, reference, pairs = random_pairs()
-    ipo = {"ipo_normalization": "token" if token else "sequence"}
-    hyper = arguments(name, **HYPER, **ipo)
+    choice = {"ipo_normalization": "token" if token else "sequence", "odpo_offset": "log" if token else "linear"}
+    hyper = arguments(name, **HYPER, **choice, margin=MARGINS)
     if name in OF_THE_MARGIN:
         hyper["divergence"] = divergence_by_name(kind, 0.3)
     want = torch.tensor(
-        oracle(name, pairs, {**HYPER, **ipo, "f_divergence_type": kind, "alpha": 0.3}), dtype=torch.float64
+        oracle(name, pairs, {**HYPER, **choice, "f_divergence_type": kind, "alpha": 0.3}), dtype=torch.float64
     )
     assert want.std() > 1e-3
 
     got = LOSSES[name](policy, reference, **hyper)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    hyper = {key: value.float() if key == "margin" else value for key, value in hyper.items()}
     single = LOSSES[name](as_float32(policy), as_float32(reference), **hyper)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), want, rtol=1e-4, atol=1e-5)
@@ -344,9 +360,10 @@ def test_separable_losses_do_not_see_their_neighbours(name, options):
     args = config(loss_type=name, **needed(name), **options)
     whole = Objective.from_config(args)
     split = Objective.from_config(args)
-    want = whole(policy, reference, training=True).total
+    want = whole(policy, reference, training=True, margin=MARGINS[:6]).total
     parts = [
-        split(part(policy, rows), part(reference, rows), training=True).total for rows in (slice(0, 2), slice(2, 6))
+        split(part(policy, rows), part(reference, rows), training=True, margin=MARGINS[rows]).total
+        for rows in (slice(0, 2), slice(2, 6))
     ]
     assert torch.allclose(torch.cat(parts), want, rtol=1e-10, atol=1e-10) is whole.separable
 
@@ -355,9 +372,10 @@ def test_separable_losses_do_not_see_their_neighbours(name, options):
 def test_pairs_of_weight_zero_do_not_touch_the_others(name):
     policy, reference, _ = random_pairs(6, seed=5)
     args = config(loss_type=name, rpo_alpha=0.5, rpo_normalization="token", **needed(name))
-    want = Objective.from_config(args)(part(policy, slice(4)), part(reference, slice(4)), training=True)
+    first = part(policy, slice(4)), part(reference, slice(4))
+    want = Objective.from_config(args)(*first, training=True, margin=MARGINS[:4])
     weight = torch.tensor([1.0, 1, 1, 1, 0, 0], dtype=torch.float64)
-    got = Objective.from_config(args)(policy, reference, training=True, weight=weight)
+    got = Objective.from_config(args)(policy, reference, training=True, weight=weight, margin=MARGINS[:6])
     torch.testing.assert_close(got.total[:4], want.total, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(got.nll[:4], want.nll, rtol=1e-10, atol=1e-10)
 
@@ -371,7 +389,8 @@ def test_a_batch_of_fillers_alone_is_finite(name):
     policy, reference, _ = random_pairs(2, seed=5)
     args = config(loss_type=name, rpo_alpha=0.5, rpo_normalization="token", **needed(name))
     objective = Objective.from_config(args)
-    losses = objective(policy, reference, training=True, weight=torch.zeros(2, dtype=torch.float64))
+    weight = torch.zeros(2, dtype=torch.float64)
+    losses = objective(policy, reference, training=True, weight=weight, margin=MARGINS[:2])
     assert losses.total.isfinite().all()
     assert objective.shift.count == 0
 
@@ -537,6 +556,89 @@ def test_state_of_another_loss_is_refused():
         sigmoid.load_state_dict(bco.state_dict())
 
 
+# --- margins ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_wants_margins_gets_those_of_the_batch():
+    """In a mixture too, each pair its own; a loss that does not want them never sees them."""
+    policy, reference, pairs = random_pairs()
+    objective = Objective.from_config(
+        config(loss_type=["odpo", "sigmoid"], loss_weights=[2, 1], odpo_alpha=0.5, beta=0.2)
+    )
+    assert objective.needs_margin
+    hyper = {"beta": 0.2, "odpo_alpha": 0.5, "odpo_offset": "log", "f_divergence_type": "reverse_kl", "alpha": 0.5}
+    want = [
+        2 * offset + plain
+        for offset, plain in zip(
+            oracle("odpo", pairs, hyper), oracle("sigmoid", pairs, hyper | {"label_smoothing": 0.0}), strict=True
+        )
+    ]
+    assert objective(policy, reference, training=True, margin=MARGINS).total.tolist() == pytest.approx(want, rel=1e-10)
+    assert not Objective.from_config(config()).needs_margin
+
+
+def test_a_batch_without_margins_is_refused_where_they_are_needed():
+    policy, reference, _ = random_pairs()
+    objective = Objective.from_config(config(loss_type=["sigmoid", "odpo"]))
+    with pytest.raises(ValueError, match=r"The batch has no margins, and --loss_type odpo needs .* column 'margin'"):
+        objective(policy, reference, training=True)
+
+
+@pytest.mark.parametrize("margin", [0.0, -0.5, math.nan])
+def test_a_margin_without_a_logarithm_gives_nan_and_not_a_small_loss(margin):
+    """An offset of -inf would be a loss of 0: the pair would silently teach nothing. NaN stops the run by its name."""
+    policy, reference, _ = random_pairs(2)
+    margins = torch.tensor([margin, 2.0])
+    losses = LOSSES["odpo"](policy, reference, beta=0.1, margin=margins)
+    assert losses.isnan().tolist() == [True, False]
+    straight = LOSSES["odpo"](policy, reference, beta=0.1, margin=margins, odpo_offset="linear")
+    assert straight.isnan().tolist() == [math.isnan(margin), False]
+
+
+@pytest.mark.parametrize(
+    ("options", "margin", "message"),
+    [
+        ({"loss_type": "odpo"}, 0.5, None),
+        ({"loss_type": "odpo"}, 0.0, r"--loss_type odpo: the margin 0 has no logarithm.*--odpo_offset linear"),
+        ({"loss_type": "odpo"}, -1.5, r"--loss_type odpo: the margin -1.5 has no logarithm"),
+        ({"loss_type": ["sigmoid", "odpo"]}, None, r"--loss_type odpo needs to know of every pair.*column 'margin'"),
+        ({"loss_type": "odpo", "odpo_offset": "linear"}, math.nan, r"--loss_type odpo needs to know of every pair"),
+        ({"loss_type": "odpo", "odpo_offset": "linear"}, -1.5, None),
+        ({"loss_type": "sigmoid"}, None, None),
+        ({"loss_type": "sigmoid"}, -1.5, None),
+    ],
+)
+def test_margins_are_refused_before_training(options, margin, message):
+    """By whoever prepares the data: the loss says why, and the way out."""
+    why = Objective.from_config(config(**options)).unusable_margin(margin)
+    if message is None:
+        assert why is None
+    else:
+        assert re.search(message, why)
+
+
+def test_a_users_loss_may_want_margins_or_take_them(registry):
+    """Without a default it needs them; with one, it gets them where the batch has any."""
+
+    @register_loss("wants", unusable_margin=lambda margin, **_: "too much" if margin > 9 else None)
+    def wants(policy, reference, *, margin):
+        return policy.chosen + margin
+
+    @register_loss("takes")
+    def takes(policy, reference, *, margin=-1.0):
+        return policy.chosen + margin
+
+    policy, reference = logps_of([0.0, 0.0], [0.0, 0.0]), logps_of([0.0, 0.0], [0.0, 0.0])
+    margin = torch.tensor([3.0, 4.0])
+    needy, easy = (Objective.from_config(config(loss_type=name)) for name in ("wants", "takes"))
+    assert (needy.needs_margin, easy.needs_margin) == (True, False)
+    assert needy(policy, reference, training=True, margin=margin).total.tolist() == [3.0, 4.0]
+    assert easy(policy, reference, training=True, margin=margin).total.tolist() == [3.0, 4.0]
+    assert easy(policy, reference, training=True).total.tolist() == [-1.0, -1.0]
+    assert [needy.unusable_margin(m) for m in (9.0, 10.0)] == [None, "--loss_type wants: too much"]
+    assert easy.unusable_margin(None) is None
+
+
 # --- shaping and mixtures --------------------------------------------------------------------------------------------
 
 
@@ -672,6 +774,7 @@ REFUSED = [
     ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, "--f_alpha_divergence_coef must be"),
     ({"loss_type": "discopop", "discopop_tau": 0.0}, "--discopop_tau must be above 0"),
     ({"loss_type": "simpo", "simpo_gamma": -1.0}, "--simpo_gamma must be at least 0"),
+    ({"loss_type": "odpo", "odpo_alpha": -1.0}, "--odpo_alpha must be at least 0"),
     ({"loss_type": "cpo", "cpo_alpha": -1.0}, "--cpo_alpha must be at least 0"),
     ({"loss_type": "dpop", "dpop_lambda": float("inf")}, "--dpop_lambda must be at least 0, got inf"),
     ({"loss_type": []}, "--loss_type is empty"),
@@ -685,6 +788,8 @@ REFUSED = [
     ({"discopop_tau": 0.1}, "--discopop_tau 0.1 would be ignored"),
     ({"simpo_gamma": 1.0}, "--simpo_gamma 1.0 would be ignored.*simpo"),
     ({"ipo_normalization": "sequence"}, "--ipo_normalization sequence would be ignored"),
+    ({"odpo_alpha": 0.5}, "--odpo_alpha 0.5 would be ignored.*odpo"),
+    ({"loss_type": "ipo", "odpo_offset": "linear"}, "--odpo_offset linear would be ignored.*odpo"),
     ({"cpo_alpha": 0.5}, "--cpo_alpha 0.5 would be ignored"),
     ({"dpop_lambda": 5.0}, "--dpop_lambda 5.0 would be ignored"),
     ({"rpo_normalization": "token"}, "--rpo_normalization token would be ignored.*--rpo_alpha"),
@@ -713,6 +818,7 @@ def test_refused(options, message):
         {"rpo_alpha": 1.0, "rpo_normalization": "token"},
         {"use_weighting": True, "wpo_clamp": True},
         {"ld_alpha": 0.0, "loss_type": "ipo"},
+        {"loss_type": ["odpo", "sft"], "odpo_alpha": 0.0, "f_divergence_type": "js_divergence", "ld_alpha": None},
         {"loss_type": "sft", "beta": 0.3},  # beta also scales the logged rewards
         {"loss_type": "simpo", "reference_free": True},
     ],

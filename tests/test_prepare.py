@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, byte_bpe
 
-from dpo_trainer.data import prepare_dataset
+from dpo_trainer.data import DataOptions, prepare_dataset
 from dpo_trainer.data.mapping import PairMapper, content_id
 from dpo_trainer.data.report import DROPPED, DataReport
 from dpo_trainer.data.stream import PATIENCE
@@ -23,16 +23,8 @@ COLUMNS = ["example_id", "prompt_ids", "chosen_ids", "rejected_ids", "weight", "
 
 
 def prepare(dataset, tokenizer=TOKENIZER, **changed):
-    options = {
-        "max_length": None,
-        "max_prompt_length": None,
-        "max_completion_length": None,
-        "truncation_mode": "keep_start",
-        "useless_pairs": "drop",
-        "num_proc": None,
-        "progress": False,
-    }
-    return prepare_dataset(dataset, tokenizer, **(options | changed))
+    how = {name: changed.pop(name) for name in ("name", "requires_margin", "first_id") if name in changed}
+    return prepare_dataset(dataset, tokenizer, DataOptions(disable_tqdm=True, **changed), **how)
 
 
 ROWS = [
@@ -136,7 +128,7 @@ def test_tokenized_rows_are_cut_and_dropped_too():
 def test_two_processes_give_what_one_gives():
     dataset = Dataset.from_list(ROWS * 3)
     one, report = prepare(dataset, max_length=20)
-    two, report_of_two = prepare(dataset, max_length=20, num_proc=2)
+    two, report_of_two = prepare(dataset, max_length=20, dataset_num_proc=2)
     assert two.to_list() == one.to_list()
     assert report_of_two == report
     assert report.first_identical == [1, 8, 15]
@@ -216,7 +208,7 @@ def test_no_pair_left_is_an_error():
 def test_a_bad_row_is_named_by_its_number_in_the_dataset(num_proc):
     rows = [*ROWS, ROWS[0] | {"chosen": None}]
     with pytest.raises(ValueError, match=r"Row 7 of train, column 'chosen': is None"):
-        prepare(Dataset.from_list(rows), num_proc=num_proc)
+        prepare(Dataset.from_list(rows), dataset_num_proc=num_proc)
 
 
 def test_bad_arguments_are_refused():
@@ -253,7 +245,7 @@ def test_a_stream_gives_the_pairs_of_the_table():
     rows = list(stream)
     assert report.to_dict() == table_report.to_dict() | {"streaming": True}
     for row, want in zip(rows, table, strict=True):
-        ids = PairIds(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+        ids = PairIds(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]])
         assert row["example_id"] == content_id(ids)
         assert {k: row[k] for k in COLUMNS[1:]} == {k: want[k] for k in COLUMNS[1:]}
     assert list(prepare(stream, tokenizer=None, max_length=20)[0]) == rows
@@ -300,9 +292,9 @@ def test_workers_of_a_loader_share_a_stream():
 
 
 def test_a_content_id_tells_the_lists_apart():
-    pairs = [PairIds([1], [2], [3]), PairIds([1, 2], [3], [3]), PairIds([1], [3], [2]), PairIds([1], [2, 3], [3])]
+    pairs = [PairIds(p, [c, r]) for p, c, r in ([[1], [2], [3]], [[1, 2], [3], [3]], [[1], [3], [2]], [[1], [2, 3], [3]])]
     assert len({content_id(pair) for pair in pairs}) == 4
-    assert content_id(PairIds([1], [2], [3])) == content_id(PairIds([1], [2], [3], flags=2))
+    assert content_id(PairIds([1], [[2], [3]])) == content_id(PairIds([1], [[2], [3]], flags=2))
 
 
 def test_useless_pairs_of_a_stream(caplog):
@@ -310,7 +302,7 @@ def test_useless_pairs_of_a_stream(caplog):
     with pytest.raises(ValueError, match=r"teach nothing: 1: chosen equals rejected \(row 1\)"):
         list(prepare(rows.to_iterable_dataset(), useless_pairs="error", max_length=20)[0])
     with caplog.at_level(logging.WARNING):
-        list(prepare(rows.to_iterable_dataset(), max_length=20, num_proc=2)[0])
+        list(prepare(rows.to_iterable_dataset(), max_length=20, dataset_num_proc=2)[0])
     assert "--dataset_num_proc 2 does not apply" in caplog.text
     assert "of 7 rows so far" in caplog.text
     useless = Dataset.from_list([ROWS[1]] * PATIENCE).to_iterable_dataset()

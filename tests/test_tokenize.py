@@ -11,7 +11,8 @@ from tiny_tokenizers import CHAT, byte_bpe, word_level
 
 from dpo_trainer.batch import Pair
 from dpo_trainer.data.report import Flag
-from dpo_trainer.data.tokenize import check_tokenizer, tokenize_pairs, tokenizer_fingerprint
+from dpo_trainer.data.encode import check_tokenizer, tokenizer_fingerprint
+from dpo_trainer.data.tokenize import tokenize_pairs
 from dpo_trainer.data.truncate import Limits, PairIds
 
 PLAIN = byte_bpe()
@@ -266,12 +267,12 @@ CUT_P, CUT_C, CUT_R = Flag.TRUNCATED_PROMPT, Flag.TRUNCATED_CHOSEN, Flag.TRUNCAT
     ],
 )
 def test_cuts_by_hand(given, want, flags):
-    assert given.apply(PairIds([1, 2, 3], [4, 5, 6, 7], [8, 9])) == PairIds(*want, flags)
+    assert given.apply(PairIds([1, 2, 3], [[4, 5, 6, 7], [8, 9]])) == PairIds(want[0], list(want[1:]), flags=flags)
 
 
 def test_completions_that_become_equal_are_identical():
-    assert limits(completion=1).apply(PairIds([1], [4, 5], [4, 6])).flags & Flag.IDENTICAL
-    assert not limits(completion=2).apply(PairIds([1], [4, 5], [4, 6])).flags & Flag.IDENTICAL
+    assert limits(completion=1).apply(PairIds([1], [[4, 5], [4, 6]])).flags & Flag.IDENTICAL
+    assert not limits(completion=2).apply(PairIds([1], [[4, 5], [4, 6]])).flags & Flag.IDENTICAL
 
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=9)
@@ -281,7 +282,7 @@ limit = st.none() | st.integers(1, 12)
 @given(ids, ids, ids, limit, limit, limit, st.sampled_from(["keep_start", "keep_end"]), st.none() | st.integers(0, 9))
 def test_truncation_keeps_its_promises(prompt, chosen, rejected, max_length, n_prompt, n_completion, mode, bos):
     given = limits(max_length, n_prompt, n_completion, mode, bos)
-    cut = given.apply(PairIds(prompt, chosen, rejected))
+    cut = given.apply(PairIds(prompt, [chosen, rejected]))
     assert cut.prompt
     assert cut.chosen
     assert cut.rejected

@@ -24,6 +24,20 @@ class ScriptArguments:
             "folder of such files, or one saved by save_to_disk."
         },
     )
+    datasets: list[dict[str, Any] | str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture, instead of --dataset_name: a list (as a flag: its JSON) of {name, config, split, test_split, "
+            "fraction, columns}, all but the name optional. fraction in (0, 1] is the share of the rows that is used."
+        },
+    )
+    columns: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the columns in the dataset, ours=theirs: prompt=question,chosen=best. In YAML also a mapping. "
+            "For the rows to evaluate on too; in a mixture each dataset has its own."
+        },
+    )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Which configuration of a dataset of the hub that has several."}
     )
@@ -36,7 +50,8 @@ class ScriptArguments:
     test_split_size: float | None = field(
         default=None,
         metadata={
-            "help": "Take evaluation rows from the training split: a share below 1, or a count. From a stream: a count."
+            "help": "Take evaluation rows from the training split (of each dataset): a share below 1, or a count. From a stream: "
+            "a count."
         },
     )
     eval_dataset: str | None = field(
@@ -45,6 +60,23 @@ class ScriptArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read rows while training instead of before it. Needs --max_steps."}
     )
+
+    def __post_init__(self):
+        if self.columns is None and self.datasets is None:
+            return
+        from ..loading.columns import parse_columns  # with all that loads models: slow to import
+        from ..loading.mixture import parse_mixture
+
+        if self.columns is not None:
+            parse_columns(self.columns)
+        if self.datasets is not None:
+            parse_mixture(self.datasets)
+            for option in ("dataset_name", "dataset_config", "columns"):
+                if getattr(self, option) is not None:
+                    raise ValueError(
+                        f"--datasets and --{option} exclude each other: every entry of --datasets says that for itself "
+                        "(name, config, columns)."
+                    )
 
 
 @dataclass
@@ -141,10 +173,13 @@ def check_together(script: ScriptArguments, model: ModelArguments, config: DPOCo
 
 
 def _check_model_and_data(script: ScriptArguments, model: ModelArguments, given: set[str]) -> None:
-    if script.dataset_name and not model.model_name_or_path:
-        raise ValueError("--dataset_name without --model_name_or_path: which model shall be trained?")
-    if model.model_name_or_path and not script.dataset_name:
-        raise ValueError("--model_name_or_path without --dataset_name: on which preference pairs shall it be trained?")
+    data = "dataset_name" if script.dataset_name else "datasets" if script.datasets else None
+    if data and not model.model_name_or_path:
+        raise ValueError(f"--{data} without --model_name_or_path: which model shall be trained?")
+    if model.model_name_or_path and not data:
+        raise ValueError(
+            "--model_name_or_path without --dataset_name (or --datasets): on which preference pairs shall it be trained?"
+        )
     if not model.model_name_or_path:
         idle = sorted(given & {option.name for kind in (ScriptArguments, ModelArguments) for option in fields(kind)})
         if idle:

@@ -1,20 +1,35 @@
-"""Rows -> pairs -> token ids -> batches: schema.py, implicit.py, tokenize.py, truncate.py, prepare.py, collate.py."""
+"""Rows -> pairs -> token ids -> batches.
+
+schema.py, columns.py, messages.py, conversation.py, ranking.py, implicit.py, tokenized.py      row -> Pair
+render.py, encode.py, tokenize.py, truncate.py                                                  Pair -> token ids
+mapping.py, prepare.py, stream.py, options.py, report.py                                        whole datasets
+collate.py                                                                                      rows -> PairBatch
+"""
 
 from .collate import DataCollatorForPreference
-from .prepare import prepare_dataset
-from .report import DataReport
-from .schema import pair_from_row
+from .encode import check_tokenizer
+from .mapping import FEATURES
+from .options import DataOptions
+from .prepare import prepare_dataset, prepare_mixture
+from .report import DataReport, report_table, write_reports
+from .schema import form_of, pair_from_row
 from .stream import FilledStream
-from .tokenize import check_tokenizer, tokenize_pairs
+from .tokenize import tokenize_pairs
 from .truncate import Limits
 
 __all__ = [
+    "FEATURES",
     "DataCollatorForPreference",
+    "DataOptions",
     "DataReport",
     "FilledStream",
     "Limits",
     "check_tokenizer",
+    "form_of",
     "pair_from_row",
     "prepare_dataset",
+    "prepare_mixture",
+    "report_table",
     "tokenize_pairs",
+    "write_reports",
 ]

@@ -1,29 +1,38 @@
 """TokenizedPair -> PairBatch: the two layouts. Both list the scored tokens; they differ only in where tokens sit.
 
-flat      one row [1, T]:     prompt | chosen | rejected | prompt | chosen | rejected ...     no padding
-padded    rows [2N, L]:       prompt chosen padding ... (N chosen rows, then N rejected rows)
+flat      one row [1, T]:   prompt | completion 0 | completion 1 | ... | prompt | completion 0 ...     no padding
+padded    rows [C, L]:      prompt completion padding ... (completion 0 of every row, then completion 1 of every row ...)
+
+Nearly every row has two completions, chosen and rejected: padded rows are then N chosen ones, then N rejected ones.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..batch import PairBatch, Segments, TokenizedPair
+from ..batch import Segments, TokenizedPair
+from .columns import PREPARED, TOKENIZED
+from .schema import weight_from_row
+from .tokenized import example_id_from_row, ids_from_row
 
 
 @dataclass
 class DataCollatorForPreference:
-    """Rows with `prompt_ids`, `chosen_ids`, `rejected_ids` (optionally `example_id`, `weight`) -> the inputs of a step.
+    """Rows with `prompt_ids`, `chosen_ids`, `rejected_ids` -> the inputs of a step.
 
-    The result is a dict for the Trainer to move; `PairBatch.from_inputs` reads it. In the padded layout it has the keys
-    that other libraries use: `input_ids`, `attention_mask`, `completion_mask` [2N, L], chosen rows first.
+    A row may also have `example_id`, `weight` (of each of its pairs), `more_ids` (further completions), `pairs`
+    ([chosen, rejected] numbers of completions; [[0, 1]] when not given), `margin` (one per pair) and `unscored`
+    ([completion, start, end]: tokens that are read, not scored).
+
+    The result is a dict for the Trainer to move; `PairBatch.from_inputs` reads it. Its `row` says which row of the batch
+    a pair belongs to. In the padded layout it has the keys that other libraries use: `input_ids`, `attention_mask`,
+    `completion_mask`, with rows of two completions [2N, L], chosen rows first.
 
     Args:
         pad_token_id: fills the padded layout (and the tail of a flat row under `pad_to_multiple_of`).
@@ -40,146 +49,150 @@ class DataCollatorForPreference:
             raise ValueError(f"layout must be 'flat' or 'padded', got {self.layout!r}.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs = [_read(row, index) for index, row in enumerate(rows)]
+        read = [_read(row, place) for place, row in enumerate(rows)]
         if self.layout == "flat":
-            return flat_inputs(pairs, self.pad_token_id, self.pad_to_multiple_of)
-        return padded_inputs(pairs, self.pad_token_id, self.pad_to_multiple_of)
+            return flat_inputs(read, self.pad_token_id, self.pad_to_multiple_of)
+        return padded_inputs(read, self.pad_token_id, self.pad_to_multiple_of)
 
 
-def _read(row: Mapping[str, Any], index: int) -> TokenizedPair:
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        if row.get(name) is None or not len(row[name]):
-            raise ValueError(
-                f"Row {row.get('example_id', index)} of the batch has no {name}: a pair needs at least one token of prompt, "
-                "chosen and rejected. Tokenize with DPOTrainer, or drop such rows."
-            )
+class Scored(NamedTuple):
+    """The scored tokens of one completion."""
+
+    at: Tensor  # where the states stand that predict them
+    target: Tensor  # the tokens
+
+
+def _read(row: Mapping[str, Any], place: int) -> TokenizedPair:
+    """Checked like rows of token ids that are yet to be prepared: they may come from anywhere."""
+    plain = {name: _plain(row.get(name)) for name in (*TOKENIZED, *PREPARED, "margin", "weight")}
+    own_id = plain["example_id"]
+    where = f"Row {place if own_id is None else own_id} of the batch"
+    own_id = example_id_from_row(plain, where)
+    ids = ids_from_row(plain, where)
+    chosen, rejected, *more = ids.completions
     return TokenizedPair(
-        example_id=int(row.get("example_id", index)),
-        prompt_ids=list(row["prompt_ids"]),
-        chosen_ids=list(row["chosen_ids"]),
-        rejected_ids=list(row["rejected_ids"]),
-        weight=float(row.get("weight", 1.0)),
+        example_id=place if own_id is None else own_id,
+        prompt_ids=ids.prompt,
+        chosen_ids=chosen,
+        rejected_ids=rejected,
+        more_ids=more,
+        pairs=ids.pairs,
+        unscored=ids.unscored,
+        weight=weight_from_row(plain, where),
     )
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tensors and arrays, which a dataset gives under `set_format`."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple) and any(hasattr(item, "tolist") for item in value):
+        return [_plain(item) for item in value]
+    return value
+
+
+def scored_places(row: TokenizedPair) -> list[Tensor]:
+    """For each completion, which of its tokens are scored: ascending places in it."""
+    scored = [torch.ones(len(ids), dtype=torch.bool) for ids in row.completions]
+    for number, start, end in row.unscored:
+        scored[number][start:end] = False
+    return [mask.nonzero().flatten() for mask in scored]
 
 
 def _rounded_up(length: int, multiple: int | None) -> int:
     return length if multiple is None else -(-length // multiple) * multiple
 
 
-def _offsets(lengths: Sequence[int]) -> list[int]:
-    """Where each of several stretches begins when they follow each other."""
-    return [0, *accumulate(lengths)][:-1]
-
-
-def _per_pair(pairs: Sequence[TokenizedPair]) -> dict[str, Tensor]:
-    # A [N] tensor comes first: accelerate and Trainer take the batch size from the first tensor of a batch.
-    return {
-        "example_ids": torch.tensor([p.example_id for p in pairs], dtype=torch.int64),
-        "weight": torch.tensor([p.weight for p in pairs], dtype=torch.float32),
+def _per_pair(rows: Sequence[TokenizedPair], order: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """What each pair has, [N]. `order` lists (row, completion of it) as the batch numbers its completions."""
+    number = {place: c for c, place in enumerate(order)}
+    listed = [(i, row, pair) for i, row in enumerate(rows) for pair in row.pairs]
+    inputs = {
+        # A [N] tensor comes first: accelerate and Trainer take the batch size from the first tensor of a batch.
+        "example_ids": torch.tensor([row.example_id for _, row, _ in listed], dtype=torch.int64),
+        "weight": torch.tensor([row.weight for _, row, _ in listed], dtype=torch.float32),
+        "row": torch.tensor([i for i, _, _ in listed], dtype=torch.int64),
+        "chosen": torch.tensor([number[i, pair.chosen] for i, _, pair in listed]),
+        "rejected": torch.tensor([number[i, pair.rejected] for i, _, pair in listed]),
     }
+    margins = [pair.margin for _, _, pair in listed]
+    if any(margin is not None for margin in margins):
+        inputs["margin"] = torch.tensor([math.nan if m is None else m for m in margins], dtype=torch.float32)
+    return inputs
 
 
-def _scored(completions: Sequence[Sequence[int]], predicted_from: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The scored tokens of C completions; `predicted_from[c]` are the positions of the states that predict them."""
-    lengths = torch.tensor([len(ids) for ids in completions])
+def _per_token(completions: Sequence[Scored]) -> dict[str, Tensor]:
+    """The scored tokens of all C completions, in their order."""
+    lengths = torch.tensor([len(scored.at) for scored in completions])
     return {
-        "score_at": torch.cat(list(predicted_from)),
-        "target_ids": torch.tensor([token for ids in completions for token in ids]),
+        "score_at": torch.cat([scored.at for scored in completions]),
+        "target_ids": torch.cat([scored.target for scored in completions]),
         "completion": torch.repeat_interleave(torch.arange(len(completions)), lengths),
-        "completion_position": torch.cat([torch.arange(len(ids)) for ids in completions]),
+        "completion_position": torch.cat([torch.arange(len(scored.at)) for scored in completions]),
         "lengths": lengths,
     }
 
 
-def flat_inputs(pairs: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None) -> dict[str, Any]:
-    """All pairs in one row. Completions 2i and 2i + 1 are chosen and rejected of pair i."""
+def flat_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None) -> dict[str, Any]:
+    """All rows in one. Completions are numbered as they stand there: those of the first row, those of the second ..."""
     tokens: list[int] = []
-    positions, predicted_from = [], []
+    positions: list[Tensor] = []
+    completions: list[Scored] = []
     segments: list[tuple[int, int, int]] = []  # length, prefix start, prefix length
-    for pair in pairs:
-        start, p, c, r = len(tokens), len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-        tokens += [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids]
-        positions += [torch.arange(p + c), torch.arange(p, p + r)]
-        segments += [(p + c, 0, 0), (r, start, p)]
-        # The first token of either completion is predicted at the end of the prompt that they share.
-        last = torch.tensor([start + p - 1])
-        rejected = torch.cat([last, torch.arange(start + p + c, start + p + c + r - 1)])
-        predicted_from += [torch.arange(start + p - 1, start + p + c - 1), rejected]
+    for row in rows:
+        start, p = len(tokens), len(row.prompt_ids)
+        tokens += row.prompt_ids
+        for number, (ids, places) in enumerate(zip(row.completions, scored_places(row), strict=True)):
+            begin, n = len(tokens), len(ids)
+            tokens += ids
+            # The prompt is in the segment of the first completion, and the prefix of the others.
+            segments.append((n, start, p) if number else (p + n, 0, 0))
+            positions.append(torch.arange(p if number else 0, p + n))
+            before = torch.arange(begin - 1, begin + n - 1)
+            before[0] = start + p - 1  # the end of the prompt that they share
+            completions.append(Scored(before[places], torch.tensor(ids)[places]))
     num_tokens = len(tokens)
     if padding := _rounded_up(num_tokens, multiple) - num_tokens:
         tokens += [pad_token_id] * padding
         positions.append(torch.arange(padding))
         segments.append((padding, 0, 0))
     lengths, prefix_start, prefix_length = zip(*segments, strict=True)
-    first = torch.arange(0, 2 * len(pairs), 2)
     return {
-        **_per_pair(pairs),
+        **_per_pair(rows, [(i, number) for i, row in enumerate(rows) for number in range(len(row.completions))]),
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.cat(positions)[None],
-        **_scored([ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)], predicted_from),
-        "chosen": first,
-        "rejected": first + 1,
+        **_per_token(completions),
         "num_tokens": num_tokens,
         "segments": Segments(length=lengths, prefix_start=prefix_start, prefix_length=prefix_length),
     }
 
 
-def padded_inputs(pairs: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None) -> dict[str, Any]:
-    """One right-padded row per completion: N chosen rows, then N rejected rows."""
-    prompts = [pair.prompt_ids for pair in pairs] * 2
-    completions = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    used = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
+def padded_order(rows: Sequence[TokenizedPair]) -> list[tuple[int, int]]:
+    """(row, completion of it) of each padded row: the first completion of every row, then the second of every row ..."""
+    most = max(len(row.completions) for row in rows)
+    return [(i, number) for number in range(most) for i, row in enumerate(rows) if number < len(row.completions)]
+
+
+def padded_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None) -> dict[str, Any]:
+    """One right-padded row per completion, in `padded_order`."""
+    order, places = padded_order(rows), [scored_places(row) for row in rows]
+    texts = [(rows[i].prompt_ids, rows[i].completions[number]) for i, number in order]
+    used = [len(prompt) + len(ids) for prompt, ids in texts]
     width = _rounded_up(max(used), multiple)
     input_ids = torch.full((len(used), width), pad_token_id)
     attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    predicted_from = []
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        p, end = len(prompt), used[row]
-        input_ids[row, :end] = torch.tensor([*prompt, *completion])
-        attention_mask[row, :end] = 1
-        completion_mask[row, p:end] = 1
-        predicted_from.append(torch.arange(p - 1, end - 1) + row * width)
-    n = torch.arange(len(pairs))
+    completions = []
+    for c, ((prompt, ids), (i, number)) in enumerate(zip(texts, order, strict=True)):
+        scored_at = len(prompt) + places[i][number]
+        input_ids[c, : used[c]] = torch.tensor([*prompt, *ids])
+        attention_mask[c, : used[c]] = 1
+        completion_mask[c, scored_at] = 1
+        completions.append(Scored(c * width + scored_at - 1, input_ids[c, scored_at]))
     return {
-        **_per_pair(pairs),
+        **_per_pair(rows, order),
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "completion_mask": completion_mask,
-        **_scored(completions, predicted_from),
-        "chosen": n,
-        "rejected": n + len(pairs),
+        **_per_token(completions),
         "num_tokens": sum(used),
     }
-
-
-def as_padded(batch: PairBatch, pad_token_id: int) -> PairBatch:
-    """The same pairs in the padded layout, on the same device, for a model that turned out not to allow flat rows."""
-    if not batch.is_flat:
-        return batch
-    device = batch.input_ids.device
-    inputs = padded_inputs(pairs_of(batch), pad_token_id)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return dataclasses.replace(PairBatch.from_inputs(moved), weight=batch.weight)
-
-
-def pairs_of(batch: PairBatch) -> list[TokenizedPair]:
-    """The pairs that a batch was made of. Waits for the device: for the check of the first batch, not for steps."""
-    width = batch.input_ids.shape[1]
-    tokens, ends = batch.input_ids.flatten().tolist(), [at + 1 for at in batch.score_at.tolist()]
-    lengths = batch.lengths.tolist()
-    first = _offsets(lengths)
-    completions = [batch.target_ids[f : f + n].tolist() for f, n in zip(first, lengths, strict=True)]
-    pairs = []
-    for i, (c, r) in enumerate(zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True)):
-        end = ends[first[c]]  # the state that predicts a completion's first token stands at the end of its prompt
-        start = end - batch.segments.prefix_length[2 * i + 1] if batch.segments else (end - 1) // width * width
-        pairs.append(
-            TokenizedPair(
-                example_id=int(batch.example_ids[i]),
-                prompt_ids=tokens[start:end],
-                chosen_ids=completions[c],
-                rejected_ids=completions[r],
-                weight=float(batch.weight[i]),
-            )
-        )
-    return pairs

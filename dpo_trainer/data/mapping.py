@@ -4,68 +4,86 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from .schema import (
-    TOKENIZED,
-    check_columns,
-    example_id_from_row,
-    is_tokenized,
-    pair_from_row,
-    token_ids_from_row,
-    weight_from_row,
-)
-from .tokenize import eos_token_id, tokenize_pairs, tokenizer_fingerprint
+from .columns import TOKENIZED, check_columns, is_tokenized
+from .encode import eos_token_id, tokenizer_fingerprint
+from .report import RowFacts
+from .schema import pair_from_row, weight_from_row
+from .tokenize import tokenize_pairs
+from .tokenized import example_id_from_row, ids_from_row
 from .truncate import Limits, PairIds
 
 FEATURES = Features(
     {
         "example_id": Value("int64"),
         **{column: List(Value("int32")) for column in TOKENIZED},
+        "more_ids": List(List(Value("int32"))),
+        "pairs": List(List(Value("int32"))),
+        "margin": List(Value("float64")),
+        "unscored": List(List(Value("int32"))),
         "weight": Value("float64"),
         "length": Value("int64"),
     }
 )
+"""A prepared row, as `collate.py` reads it."""
+
+NOTES = Features({"flags": Value("int32"), "left_out": Value("int32")})
+"""What a report needs to know of it besides."""
+
 BATCH = 256
 """Rows per tokenizer call: enough for all cores, few enough for a progress bar that moves and a stream that starts."""
 
-VERSION = 1
+VERSION = 2
 """Part of the cache key: raise it when the same rows and the same options give other token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairMapper:
-    """A batch of rows -> the output columns and `flags`, row by row, nothing dropped. Picklable, for `num_proc`."""
+    """A batch of rows -> the output columns and notes, row by row, nothing dropped. Picklable, for `num_proc`.
+
+    `row_numbers`: where the rows stand in the file that they were selected from, for errors; None: where they are.
+    """
 
     tokenizer: Any
     limits: Limits
     name: str
     streaming: bool
+    allow_special_tokens_in_text: bool = False
+    first_id: int = 0
+    row_numbers: np.ndarray | None = None
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         check_columns(batch, self.name)
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        where = [f"Row {index} of {self.name}" for index in indices]
+        numbers = indices if self.row_numbers is None else self.row_numbers[indices].tolist()
+        where = [f"Row {number} of {self.name}" for number in numbers]
         own_ids: list[int | None] = [None] * len(rows)
         if is_tokenized(batch):
-            ids = [PairIds(*token_ids_from_row(row, at)) for row, at in zip(rows, where, strict=True)]
+            ids = [ids_from_row(row, at) for row, at in zip(rows, where, strict=True)]
             own_ids = [example_id_from_row(row, at) for row, at in zip(rows, where, strict=True)]
         else:
             ids = self._tokenize(rows, where)
         ids = [self.limits.apply(pair) for pair in ids]
-        default = map(content_id, ids) if self.streaming else indices
+        default = map(content_id, ids) if self.streaming else [self.first_id + index for index in indices]
         return {
             "example_id": [given if own is None else own for own, given in zip(own_ids, default, strict=True)],
             "prompt_ids": [pair.prompt for pair in ids],
-            "chosen_ids": [pair.chosen for pair in ids],
-            "rejected_ids": [pair.rejected for pair in ids],
+            "chosen_ids": [pair.completions[0] for pair in ids],
+            "rejected_ids": [pair.completions[1] for pair in ids],
+            "more_ids": [pair.completions[2:] for pair in ids],
+            "pairs": [[pair[:2] for pair in row.pairs] for row in ids],
+            "margin": [_margins(row) for row in ids],
+            "unscored": [list(row.unscored) for row in ids],
             "weight": [weight_from_row(row, at) for row, at in zip(rows, where, strict=True)],
-            "length": [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in ids],
+            "length": [len(pair.prompt) + sum(map(len, pair.completions)) for pair in ids],
             "flags": [int(pair.flags) for pair in ids],
+            "left_out": [pair.left_out for pair in ids],
         }
 
     def _tokenize(self, rows: list[dict], where: list[str]) -> list[PairIds]:
@@ -75,20 +93,40 @@ class PairMapper:
             )
         eos_token_id(self.tokenizer)  # refuses a tokenizer that has none
         pairs = [pair_from_row(row, at) for row, at in zip(rows, where, strict=True)]
-        return tokenize_pairs(pairs, self.tokenizer, where)
+        allow = self.allow_special_tokens_in_text
+        return tokenize_pairs(pairs, self.tokenizer, where, allow_special_tokens_in_text=allow)
 
     def fingerprint(self, dataset: Dataset) -> str:
         """The cache key of the mapped dataset. Left alone, `datasets` would hash the tokenizer, which changes in use."""
         tokenizer = None
         if not is_tokenized(dataset.column_names) and self.tokenizer is not None:
             tokenizer = tokenizer_fingerprint(self.tokenizer)
-        parts = [VERSION, dataset._fingerprint, asdict(self.limits), tokenizer]
+        options = [asdict(self.limits), self.allow_special_tokens_in_text, self.first_id]
+        parts = [VERSION, dataset._fingerprint, *options, tokenizer]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
+def _margins(row: PairIds) -> list[float]:
+    """One per pair; a row of which one pair has none has none."""
+    margins = [pair.margin for pair in row.pairs if pair.margin is not None]
+    return margins if len(margins) == len(row.pairs) else []
+
+
 def content_id(pair: PairIds) -> int:
-    """63 bits of a hash over the three id lists."""
+    """63 bits of a hash over the id lists."""
     digest = hashlib.blake2b(digest_size=8)
-    for ids in (pair.prompt, pair.chosen, pair.rejected):
+    for ids in (pair.prompt, *pair.completions):
         digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def facts_of(batch: dict[str, Sequence]) -> RowFacts:
+    """Of mapped rows, as lists."""
+    prompt = np.asarray([len(ids) for ids in batch["prompt_ids"]])
+    return RowFacts(
+        flags=np.asarray(batch["flags"]),
+        pairs=np.asarray([len(pairs) for pairs in batch["pairs"]]),
+        left_out=np.asarray(batch["left_out"]),
+        prompt_tokens=prompt,
+        completion_tokens=np.asarray(batch["length"]) - prompt,
+    )

@@ -1,70 +1,113 @@
-"""A dataset of rows -> a dataset of token ids within the limits, useless pairs dropped, everything counted."""
+"""A dataset of rows -> a dataset of token ids within the limits, useless rows dropped, everything counted."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, IterableDataset
 
-from .mapping import BATCH, FEATURES, PairMapper
-from .report import DataReport
-from .schema import TOKENIZED, check_columns, is_tokenized, unread_columns
+from .columns import check_columns, is_tokenized, unread_columns
+from .encode import text_tokenizer
+from .mapping import BATCH, FEATURES, NOTES, PairMapper, content_id
+from .options import DataOptions
+from .ranking import check_margins
+from .report import DataReport, Flag, RowFacts
 from .stream import prepare_stream
-from .tokenize import text_tokenizer
-from .truncate import Limits
+from .truncate import PairIds
 
 logger = logging.getLogger(__name__)
+
+READERS = ("json", "csv", "parquet", "arrow", "text", "generator", None)
+"""Names that `datasets` gives by itself, and that tell nobody which dataset it is."""
 
 
 def prepare_dataset(
     dataset: Dataset | IterableDataset,
     tokenizer: Any,
+    options: DataOptions | None = None,
     *,
-    max_length: int | None,
-    max_prompt_length: int | None,
-    max_completion_length: int | None,
-    truncation_mode: str,
-    useless_pairs: str,
-    num_proc: int | None,
     name: str = "train",
-    progress: bool = True,
+    requires_margin: bool = False,
+    first_id: int = 0,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
-    """Rows of any form (schema.py) -> columns example_id, prompt_ids, chosen_ids, rejected_ids, weight, length.
+    """Rows of any form (schema.py) -> the columns of `mapping.FEATURES`.
 
-    `example_id` is the row number in the dataset given, before anything is dropped; for streams, which know none, a
-    63-bit hash of the three id lists: the same on every rank and worker and after a resume, and equal for equal pairs.
-    `length` is prompt + chosen + rejected, the tokens of the pair in the flat layout. Rows that are token ids already
-    keep their `example_id` and need no tokenizer (None); preparing the result again changes nothing.
+    `example_id` is the row number in the dataset given (from `first_id` on), before anything is dropped; for streams,
+    which know none, a 63-bit hash of the token ids: the same on every rank and worker and after a resume, and equal for
+    equal rows. `length` is prompt + completions, the tokens of the row in the flat layout. Rows that are token ids
+    already keep their `example_id` and need no tokenizer (None); preparing the result again changes nothing.
 
-    Useless pairs (report.DROPPED) are dropped and counted, or with `useless_pairs="error"` refused. Results are cached
-    by the dataset's fingerprint, the tokenizer's content and the limits. `num_proc` is for datasets that are not streams.
+    Useless rows (report.DROPPED) are dropped and counted, or refused. Results are cached by the dataset's fingerprint,
+    the tokenizer's content and the options. `requires_margin` refuses rows without a margin.
     """
-    if useless_pairs not in ("drop", "error"):
-        raise ValueError(f"useless_pairs must be 'drop' or 'error', got {useless_pairs!r}.")
+    options = options or DataOptions()
+    name = _labelled(name, dataset)
     tokenizer = text_tokenizer(tokenizer)
-    limits = Limits(
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        truncation_mode=truncation_mode,
-        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+    mapper = PairMapper(
+        tokenizer=tokenizer,
+        limits=options.limits(getattr(tokenizer, "bos_token_id", None)),
+        name=name,
+        streaming=isinstance(dataset, IterableDataset),
+        allow_special_tokens_in_text=options.allow_special_tokens_in_text,
+        first_id=first_id,
+        row_numbers=_row_numbers(dataset),
     )
     if isinstance(dataset, Dataset):
         _check_table(dataset, name)
-        mapper = PairMapper(tokenizer=tokenizer, limits=limits, name=name, streaming=False)
-        return _prepare_table(dataset, mapper, useless_pairs, num_proc, progress)
+        return _prepare_table(dataset, mapper, options, requires_margin)
     if isinstance(dataset, IterableDataset):
-        mapper = PairMapper(tokenizer=tokenizer, limits=limits, name=name, streaming=True)
-        return prepare_stream(dataset, mapper, useless_pairs, num_proc)
+        return prepare_stream(dataset, mapper, options, requires_margin)
     raise ValueError(
         f"{name} is a {type(dataset).__name__}, not a datasets.Dataset or IterableDataset. {_way_out(dataset)}"
     )
+
+
+def prepare_mixture(
+    parts: Sequence[Dataset | IterableDataset],
+    tokenizer: Any,
+    options: DataOptions | None = None,
+    *,
+    name: str = "train",
+    requires_margin: bool = False,
+) -> tuple[Dataset | IterableDataset, dict[str, DataReport]]:
+    """Several datasets as one, each prepared on its own: one after another, or for streams row by row in turn until all
+    have ended. Ids count on from one table to the next. Reports by name: `name`, or "`name` 0", "`name` 1" ... of several.
+    """
+    if not parts or len({isinstance(part, IterableDataset) for part in parts}) > 1:
+        raise ValueError(
+            f"{name}: a mixture needs at least one dataset, and all of them tables or all of them streams."
+        )
+    names = [name] if len(parts) == 1 else [f"{name} {number}" for number in range(len(parts))]
+    prepared, reports, first_id = [], {}, 0
+    for own, part in zip(names, parts, strict=True):
+        rows, reports[own] = prepare_dataset(
+            part, tokenizer, options, name=own, requires_margin=requires_margin, first_id=first_id
+        )
+        first_id += len(part) if isinstance(part, Dataset) else 0
+        prepared.append(rows)
+    if len(prepared) == 1:
+        return prepared[0], reports
+    if isinstance(prepared[0], IterableDataset):
+        return datasets.interleave_datasets(prepared, stopping_strategy="all_exhausted_without_replacement"), reports
+    return datasets.concatenate_datasets(prepared), reports
+
+
+def _labelled(name: str, dataset: Any) -> str:
+    """ "train (pairs.jsonl)" where the dataset knows where it came from."""
+    source = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return name if source in READERS else f"{name} ({source})"
+
+
+def _row_numbers(dataset: Any) -> np.ndarray | None:
+    """Of a dataset that was made by selecting rows of another: where they stand there."""
+    selected = getattr(dataset, "_indices", None)
+    return None if selected is None else selected.column(0).to_numpy()
 
 
 def _way_out(dataset: Any) -> str:
@@ -76,9 +119,10 @@ def _way_out(dataset: Any) -> str:
 def _check_table(dataset: Dataset, name: str) -> None:
     if not len(dataset):
         raise ValueError(f"{name} has no rows. Check its file or its split.")
-    check_columns(dataset.column_names, name)
-    unread = unread_columns(dataset.column_names)
-    if unread and "prompt" not in dataset.column_names and not is_tokenized(dataset.column_names):
+    columns = dataset.column_names
+    check_columns(columns, name)
+    unread = unread_columns(columns)
+    if unread and not is_tokenized(columns) and not {"prompt", "messages", "conversations"} & set(columns):
         logger.warning(
             "%s has no column 'prompt': prompts are what 'chosen' and 'rejected' share. Columns that are not read: %s.",
             name,
@@ -87,34 +131,59 @@ def _check_table(dataset: Dataset, name: str) -> None:
 
 
 def _prepare_table(
-    dataset: Dataset, mapper: PairMapper, useless_pairs: str, num_proc: int | None, progress: bool
+    dataset: Dataset, mapper: PairMapper, options: DataOptions, requires_margin: bool
 ) -> tuple[Dataset, DataReport]:
     plain = dataset.with_format(None)
-    with _progress_bars(progress):
+    with _progress_bars(not options.disable_tqdm):
         mapped = plain.map(
             mapper,
             batched=True,
             batch_size=BATCH,
             with_indices=True,
             remove_columns=plain.column_names,
-            features=Features(FEATURES | {"flags": Value("int16")}),
-            num_proc=num_proc,
+            features=Features(FEATURES | NOTES),
+            num_proc=options.dataset_num_proc,
             new_fingerprint=mapper.fingerprint(plain),
             desc=f"Tokenizing {mapper.name}",
         )
+    facts = _facts(mapped)
+    if options.deduplicate:
+        facts.flags[_repeated(mapped)] |= Flag.DUPLICATE
     report = DataReport(name=mapper.name)
-    keep = report.add(*_flags_and_lengths(mapped), first_row=0)
+    numbers = np.arange(len(mapped)) if mapper.row_numbers is None else mapper.row_numbers
+    keep = report.add(facts, numbers)
+    report.refuse_unwanted(useless_pairs=options.useless_pairs, too_long=options.too_long)
+    report.refuse_empty()
+    if requires_margin:
+        check_margins(pc.list_value_length(mapped.data["margin"]).to_numpy(), keep, numbers, mapper.name)
     if report.dropped:
-        report.refuse_or_warn(useless_pairs)
         mapped = mapped.select(np.flatnonzero(keep))
-    return mapped.remove_columns("flags"), report
+    return mapped.remove_columns(list(NOTES)), report
 
 
-def _flags_and_lengths(mapped: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Flags [N], and tokens of prompt, chosen and rejected [N, 3], from offsets alone: no token is read."""
+def _facts(mapped: Dataset) -> RowFacts:
+    """From offsets alone: no token is read."""
     table = mapped.with_format("arrow")[:]
-    lengths = [pc.list_value_length(table[column]).to_numpy() for column in TOKENIZED]
-    return table["flags"].to_numpy(), np.stack(lengths, axis=1)
+    prompt = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    return RowFacts(
+        flags=table["flags"].to_numpy().copy(),
+        pairs=pc.list_value_length(table["pairs"]).to_numpy(),
+        left_out=table["left_out"].to_numpy(),
+        prompt_tokens=prompt,
+        completion_tokens=table["length"].to_numpy() - prompt,
+    )
+
+
+def _repeated(mapped: Dataset) -> np.ndarray:
+    """Row numbers of those with the prompt and the completions of an earlier one."""
+    seen: set[int] = set()
+    repeated = []
+    for number, row in enumerate(mapped):
+        content = content_id(PairIds(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"], *row["more_ids"]]))
+        if content in seen:
+            repeated.append(number)
+        seen.add(content)
+    return np.asarray(repeated, dtype=np.int64)
 
 
 @contextmanager

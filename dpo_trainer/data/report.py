@@ -1,23 +1,31 @@
-"""What preparing a dataset did to its pairs: flags per pair, sums and first row numbers per dataset."""
+"""What preparing a dataset did to its rows: flags per row, counts and first row numbers per dataset, one table for the log."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 logger = logging.getLogger(__name__)
 
 FIRST = 5
-"""How many row numbers of each dropped kind a report names."""
+"""How many row numbers of each kind a report names."""
 
 
 class Flag(IntFlag):
-    """What happened to a pair; kept as a column, so that a cached dataset reports as a fresh one does."""
+    """What happened to a row; kept as a column, so that a cached dataset reports as a fresh one does."""
 
     TRUNCATED_PROMPT = 1
     TRUNCATED_CHOSEN = 2
@@ -27,19 +35,45 @@ class Flag(IntFlag):
     IDENTICAL = 32
     NO_ROOM = 64
     EMPTY_COMPLETION = 128
+    TOO_LONG = 256
+    TIED = 512
+    DUPLICATE = 1024
+    CONTROL_TEXT = 2048
+
+
+class Kind(NamedTuple):
+    """Something that can happen to a row."""
+
+    flag: Flag
+    words: str
 
 
 DROPPED = {
-    "identical": (Flag.IDENTICAL, "chosen equals rejected"),
-    "no_room": (Flag.NO_ROOM, "no room for a completion after the prompt"),
-    "empty_completion": (Flag.EMPTY_COMPLETION, "empty completion"),
+    "empty_completion": Kind(Flag.EMPTY_COMPLETION, "empty completion"),
+    "tied": Kind(Flag.TIED, "all scores are equal"),
+    "too_long": Kind(Flag.TOO_LONG, "longer than the limits"),
+    "no_room": Kind(Flag.NO_ROOM, "no room for a completion after the prompt"),
+    "identical": Kind(Flag.IDENTICAL, "chosen equals rejected"),
+    "duplicate": Kind(Flag.DUPLICATE, "the same as an earlier row"),
 }
-"""Pairs that teach nothing. Truncation gives every pair one of these flags at most, so the counts add up."""
+"""Why a row is not used. A row with several reasons counts for the first of them."""
+
+KEPT = {
+    "truncated_prompts": Kind(Flag.TRUNCATED_PROMPT, "prompts truncated at their beginning"),
+    "truncated_chosen": Kind(Flag.TRUNCATED_CHOSEN, "chosen completions truncated at their end"),
+    "truncated_rejected": Kind(Flag.TRUNCATED_REJECTED, "rejected completions truncated at their end"),
+    "merged_boundary": Kind(Flag.MERGED_BOUNDARY, "prompts that end inside a token, which goes to the completions"),
+    "empty_prompts": Kind(Flag.EMPTY_PROMPT, "prompts of no token but BOS"),
+    "control_text": Kind(Flag.CONTROL_TEXT, "rows with the text of a control token, kept as text"),
+}
+"""What happened to rows that are used."""
+
+USELESS = Flag(sum(kind.flag for kind in DROPPED.values()))
 
 
 @dataclass(kw_only=True)
 class DataReport:
-    """Counts of one dataset. `truncated_*`, `merged_boundary`, `empty_prompts` and the token sums count kept pairs only.
+    """Counts of one dataset. Those of `KEPT`, the pairs and the token sums are about kept rows only.
 
     Of a stream they count what this process has read so far; data loader workers count in their own copies.
     """
@@ -48,100 +82,121 @@ class DataReport:
     streaming: bool = False
     rows: int = 0
     kept: int = 0
-    truncated_prompts: int = 0
-    truncated_chosen: int = 0
-    truncated_rejected: int = 0
-    merged_boundary: int = 0  # the last prompt tokens went to the completions, for a token spans the boundary
-    empty_prompts: int = 0  # prompts of no token but BOS
-    identical: int = 0
-    no_room: int = 0
-    empty_completion: int = 0  # nothing, or nothing but white space
-    first_identical: list[int] = field(default_factory=list)  # row numbers
-    first_no_room: list[int] = field(default_factory=list)
-    first_empty_completion: list[int] = field(default_factory=list)
+    pairs: int = 0
+    pairs_left_out: int = 0  # of ranked rows: useless ones, and those beyond max_pairs_per_prompt
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys([*DROPPED, *KEPT], 0))
+    first_rows: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in [*DROPPED, *KEPT]})
     prompt_tokens: int = 0
-    chosen_tokens: int = 0
-    rejected_tokens: int = 0
+    completion_tokens: int = 0
 
     @property
     def dropped(self) -> int:
-        return self.identical + self.no_room + self.empty_completion
+        return sum(self.counts[kind] for kind in DROPPED)
 
-    def add(self, flags: np.ndarray, lengths: np.ndarray, first_row: int) -> np.ndarray:
-        """Count the rows `first_row`, `first_row + 1` ... with their flags [N] and their prompt, chosen and rejected tokens [N, 3].
-
-        Returns which of them are kept, bool [N].
-        """
-        keep = np.ones(len(flags), dtype=bool)
-        for kind, (flag, _) in DROPPED.items():
-            keep &= flags & flag == 0
-            self._add_dropped(kind, first_row + np.flatnonzero(flags & flag))
-        self.rows += len(flags)
+    def add(self, rows: RowFacts, numbers: np.ndarray) -> np.ndarray:
+        """Count rows; `numbers` are their row numbers. Returns which of them are kept, bool [rows]."""
+        keep = np.ones(len(rows.flags), dtype=bool)
+        for name, kind in DROPPED.items():
+            hit = keep & (rows.flags & kind.flag > 0)
+            self._count(name, numbers[hit])
+            keep &= ~hit
+        for name, kind in KEPT.items():
+            self._count(name, numbers[keep & (rows.flags & kind.flag > 0)])
+        self.rows += len(keep)
         self.kept += int(keep.sum())
-        for name, flag in {
-            "truncated_prompts": Flag.TRUNCATED_PROMPT,
-            "truncated_chosen": Flag.TRUNCATED_CHOSEN,
-            "truncated_rejected": Flag.TRUNCATED_REJECTED,
-            "merged_boundary": Flag.MERGED_BOUNDARY,
-            "empty_prompts": Flag.EMPTY_PROMPT,
-        }.items():
-            setattr(self, name, getattr(self, name) + int(np.count_nonzero(flags[keep] & flag)))
-        for name, tokens in zip(
-            ("prompt_tokens", "chosen_tokens", "rejected_tokens"), lengths[keep].sum(0), strict=True
-        ):
-            setattr(self, name, getattr(self, name) + int(tokens))
+        self.pairs += int(rows.pairs[keep].sum())
+        self.pairs_left_out += int(rows.left_out[keep].sum())
+        self.prompt_tokens += int(rows.prompt_tokens[keep].sum())
+        self.completion_tokens += int(rows.completion_tokens[keep].sum())
         return keep
 
-    def _add_dropped(self, kind: str, rows: np.ndarray) -> None:
-        setattr(self, kind, getattr(self, kind) + len(rows))
-        first = getattr(self, f"first_{kind}")
-        first += rows[: FIRST - len(first)].tolist()
+    def _count(self, name: str, rows: np.ndarray) -> None:
+        self.counts[name] += len(rows)
+        self.first_rows[name] += rows[: FIRST - len(self.first_rows[name])].tolist()
+
+    def line(self, name: str) -> str:
+        """How many rows, and which come first."""
+        count, first = self.counts[name], self.first_rows[name]
+        rows = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
+        return f"{count} (row{'s' * (count > 1)} {rows})"
 
     def dropped_lines(self) -> list[str]:
-        """One line per kind: how many, why, and which rows come first."""
-        lines = []
-        for kind, (_, reason) in DROPPED.items():
-            count, first = getattr(self, kind), getattr(self, f"first_{kind}")
-            if count:
-                rows = ", ".join(map(str, first)) + (", ..." if count > len(first) else "")
-                lines.append(f"{count} dropped: {reason} (row{'s' * (count > 1)} {rows})")
-        return lines
+        return [f"{kind.words}: {self.line(name)}" for name, kind in DROPPED.items() if self.counts[name]]
 
-    def refuse_or_warn(self, useless_pairs: str) -> None:
-        """Say loudly what was dropped; raise where that is not allowed, or where nothing is left."""
-        found = "; ".join(self.dropped_lines())
-        if useless_pairs == "error":
+    def refuse_unwanted(self, *, useless_pairs: str, too_long: str) -> None:
+        """Raise where rows were dropped that the user wanted to hear of."""
+        if too_long == "error" and self.counts["too_long"]:
             raise ValueError(
-                f"{self.name} has pairs that teach nothing: {found.replace(' dropped:', ':')}. Remove these rows, raise "
-                "--max_length where there is no room, or drop such pairs with --useless_pairs drop."
+                f"{self.name} has rows that --max_length, --max_prompt_length or --max_completion_length would cut: "
+                f"{self.line('too_long')}. Raise the limit, or choose --too_long truncate or drop."
             )
+        if useless_pairs == "error" and self.dropped > self.counts["too_long"] + self.counts["duplicate"]:
+            found = "; ".join(self.dropped_lines())
+            raise ValueError(
+                f"{self.name} has pairs that teach nothing: {found}. Remove these rows, raise --max_length where there is "
+                "no room, or drop such pairs with --useless_pairs drop."
+            )
+
+    def refuse_empty(self) -> None:
         if not self.kept:
+            found = "; ".join(self.dropped_lines())
             raise ValueError(
                 f"No pair of {self.name} is left: {found}. Raise --max_length (or lower --max_prompt_length) where there "
                 "is no room; chosen and rejected must say something, and differ within --max_length and "
                 "--max_completion_length."
             )
-        logger.warning("%s: %s. To stop at such pairs: --useless_pairs error.", self.name, found)
 
     def table(self) -> str:
-        """A few lines for the log; what did not happen is left out."""
-        so_far = " so far" if self.streaming else ""
-        lines = [f"{self.name}: {self.kept} of {self.rows} pairs kept{so_far}", *self.dropped_lines()]
-        counts = {
-            "prompts truncated at their beginning": self.truncated_prompts,
-            "chosen completions truncated at their end": self.truncated_chosen,
-            "rejected completions truncated at their end": self.truncated_rejected,
-            "pairs where a token spans the end of the prompt": self.merged_boundary,
-            "prompts of no token but BOS": self.empty_prompts,
-        }
-        lines += [f"{count} {what} ({count / self.kept:.1%})" for what, count in counts.items() if count]
-        total = self.prompt_tokens + self.chosen_tokens + self.rejected_tokens
-        if self.kept:
-            lines.append(
-                f"{total} tokens: prompts {self.prompt_tokens}, chosen {self.chosen_tokens}, "
-                f"rejected {self.rejected_tokens} ({total / self.kept:.0f} per pair)"
-            )
-        return "\n  ".join(lines)
+        return report_table([self])
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"dropped": self.dropped}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFacts:
+    """What a report counts, one entry per row."""
+
+    flags: np.ndarray
+    pairs: np.ndarray
+    left_out: np.ndarray
+    prompt_tokens: np.ndarray
+    completion_tokens: np.ndarray
+
+
+def write_reports(reports: Mapping[str, DataReport], folder: Path) -> None:
+    """data_report.json, {name: counts}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = {name: report.to_dict() for name, report in reports.items()}
+    (folder / "data_report.json").write_text(json.dumps(everything, indent=2) + "\n")
+
+
+def report_table(reports: Sequence[DataReport]) -> str:
+    """One column per dataset; what happened in none of them is left out."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("data")
+    for report in reports:
+        table.add_column(Text(report.name + " (so far)" * report.streaming), justify="right")
+    for words, cells in _lines(reports):
+        table.add_row(words, *map(Text, cells))
+    text = io.StringIO()
+    Console(file=text, width=100_000, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
+
+
+def _lines(reports: Sequence[DataReport]) -> Iterable[tuple[str, list[str]]]:
+    yield "rows", [str(r.rows) for r in reports]
+    for name, kind in DROPPED.items():
+        if any(r.counts[name] for r in reports):
+            yield f"dropped: {kind.words}", [r.line(name) if r.counts[name] else "0" for r in reports]
+    yield "kept", [str(r.kept) for r in reports]
+    if any(r.pairs != r.kept or r.pairs_left_out for r in reports):
+        yield "pairs", [str(r.pairs) for r in reports]
+        yield "pairs of ranked rows left out", [str(r.pairs_left_out) for r in reports]
+    for name, kind in KEPT.items():
+        if any(r.counts[name] for r in reports):
+            yield kind.words, [f"{r.counts[name]} ({r.counts[name] / max(r.kept, 1):.1%})" for r in reports]
+    yield "tokens of prompts", [str(r.prompt_tokens) for r in reports]
+    yield "tokens of completions", [str(r.completion_tokens) for r in reports]
+    total = [(r.prompt_tokens + r.completion_tokens, max(r.kept, 1)) for r in reports]
+    yield "tokens per row", [f"{tokens / rows:.0f}" for tokens, rows in total]

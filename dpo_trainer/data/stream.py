@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from .mapping import BATCH, FEATURES, PairMapper
+from .columns import check_columns
+from .mapping import BATCH, FEATURES, NOTES, PairMapper, facts_of
+from .options import DataOptions
+from .ranking import check_margins
 from .report import DataReport
-from .schema import TOKENIZED, check_columns
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +23,21 @@ PATIENCE = 1000
 
 
 def prepare_stream(
-    dataset: IterableDataset, mapper: PairMapper, useless_pairs: str, num_proc: int | None
+    dataset: IterableDataset, mapper: PairMapper, options: DataOptions, requires_margin: bool
 ) -> tuple[IterableDataset, DataReport]:
     """Nothing is read yet: the report fills as rows flow. Rows go through one to one, then the gate drops."""
     columns = dataset.column_names  # None where a stream does not know them before it is read
     if columns is not None:
         check_columns(columns, mapper.name)
+    if options.deduplicate:
+        raise ValueError(
+            f"--deduplicate would have to remember all of {mapper.name}, a stream: leave out --streaming or --deduplicate."
+        )
     logger.info("%s is a stream: its pairs are tokenized, dropped and counted as they are read.", mapper.name)
-    if num_proc is not None and num_proc > 1:
+    if (options.dataset_num_proc or 1) > 1:
         logger.warning(
             "--dataset_num_proc %d does not apply to %s, a stream: use --dataloader_num_workers.",
-            num_proc,
+            options.dataset_num_proc,
             mapper.name,
         )
     report = DataReport(name=mapper.name, streaming=True)
@@ -39,8 +45,8 @@ def prepare_stream(
         mapper, batched=True, batch_size=BATCH, with_indices=True, remove_columns=columns
     )
     stream = stream.filter(
-        StreamGate(report=report, useless_pairs=useless_pairs),
-        input_columns=["flags", *TOKENIZED],
+        StreamGate(report=report, options=options, requires_margin=requires_margin),
+        input_columns=GATE_COLUMNS,
         with_indices=True,
         batched=True,
         batch_size=BATCH,
@@ -48,29 +54,39 @@ def prepare_stream(
     return stream.select_columns(list(FEATURES)).cast(FEATURES), report
 
 
+GATE_COLUMNS = [*NOTES, "prompt_ids", "pairs", "margin", "length"]
+
+
 @dataclass(kw_only=True)
 class StreamGate:
     """Counts the rows of a stream as they flow, and lets the useful ones through: bool per row."""
 
     report: DataReport
-    useless_pairs: str
+    options: DataOptions
+    requires_margin: bool
 
-    def __call__(
-        self, flags: list[int], prompts: list, chosen: list, rejected: list, indices: list[int]
-    ) -> list[bool]:
+    def __deepcopy__(self, memo: dict) -> StreamGate:
+        """`interleave_datasets` copies its streams; their counts still belong into this report."""
+        return self
+
+    def __call__(self, *values: list) -> list[bool]:
+        *columns, indices = values
+        batch = dict(zip(GATE_COLUMNS, columns, strict=True))
         before = self.report.dropped
-        lengths = [[len(ids) for ids in pair] for pair in zip(prompts, chosen, rejected, strict=True)]
-        keep = self.report.add(np.asarray(flags), np.asarray(lengths), first_row=indices[0])
+        numbers = np.asarray(indices)
+        keep = self.report.add(facts_of(batch), numbers)
         if self.report.dropped > before:
             self._refuse_or_warn(before)
+        if self.requires_margin:
+            check_margins(np.asarray([len(margin) for margin in batch["margin"]]), keep, numbers, self.report.name)
         return keep.tolist()
 
     def _refuse_or_warn(self, before: int) -> None:
-        """Warns at the first dropped pair, the 10th, the 100th: a stream may be long."""
-        nothing_useful = self.report.rows >= PATIENCE and not self.report.kept
-        if self.useless_pairs == "error" or nothing_useful:
-            self.report.refuse_or_warn(self.useless_pairs)
-        elif not before or len(str(self.report.dropped)) > len(str(before)):
+        """Warns at the first dropped row, the 10th, the 100th: a stream may be long."""
+        self.report.refuse_unwanted(useless_pairs=self.options.useless_pairs, too_long=self.options.too_long)
+        if self.report.rows >= PATIENCE:
+            self.report.refuse_empty()
+        if not before or len(str(self.report.dropped)) > len(str(before)):
             lines = "; ".join(self.report.dropped_lines())
             logger.warning("%s: %s, of %d rows so far.", self.report.name, lines, self.report.rows)
 

@@ -7,19 +7,56 @@ to two different prompts means nothing. So the prompt is cut once per pair, wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .report import Flag
+from ..batch import ONE_PAIR, Preferred, Stretch
+from .report import USELESS, Flag
 
 
 class PairIds(NamedTuple):
-    """Token ids of a pair on its way through the pipeline, and what happened to it so far."""
+    """Token ids of a row on its way through the pipeline, and what happened to it so far.
+
+    Completions are numbered as `TokenizedPair.completions` numbers them.
+    """
 
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    completions: list[list[int]]  # at least two
+    pairs: Sequence[Preferred] = (
+        ONE_PAIR  # never empty: a row without a useful pair keeps its first, and says why in flags
+    )
+    unscored: tuple[Stretch, ...] = ()
     flags: int = 0
+    left_out: int = 0  # pairs of a ranked row that are not used: ties, useless ones, those beyond a limit
+
+    @property
+    def chosen(self) -> list[int]:
+        return self.completions[0]
+
+    @property
+    def rejected(self) -> list[int]:
+        return self.completions[1]
+
+    def drop_pairs(self, useless: Callable[[Preferred], bool], flag: Flag) -> PairIds:
+        """Without the useless pairs and without completions that no pair needs; flagged if no pair is left."""
+        pairs = [pair for pair in self.pairs if not useless(pair)]
+        if len(pairs) == len(self.pairs):
+            return self
+        if not pairs:
+            return self._replace(flags=self.flags | flag)
+        used = sorted({number for pair in pairs for number in (pair.chosen, pair.rejected)})
+        at = {number: position for position, number in enumerate(used)}
+        return self._replace(
+            completions=[self.completions[number] for number in used],
+            pairs=tuple(pair._replace(chosen=at[pair.chosen], rejected=at[pair.rejected]) for pair in pairs),
+            unscored=tuple((at[number], start, end) for number, start, end in self.unscored if number in at),
+            left_out=self.left_out + len(self.pairs) - len(pairs),
+        )
+
+    def scored(self, number: int) -> int:
+        """How many tokens of a completion are scored."""
+        return len(self.completions[number]) - sum(end - start for n, start, end in self.unscored if n == number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,46 +72,78 @@ class Limits:
 
     A prompt that starts with `bos_token_id` keeps it when its beginning is cut (unless one token is left), for some
     models are lost without it; the cut then comes right after it.
+
+    `too_long` says what becomes of a row that these limits would cut: it is cut (`truncate`), dropped (`drop`), or stops
+    the run (`error`). A ranked row is cut as a whole, for its completions share one prompt; of its useful pairs the
+    `max_pairs` clearest stay: those of the largest margin, the first ones where margins are equal or unknown.
     """
 
     max_length: int | None
     max_prompt_length: int | None
     max_completion_length: int | None
     truncation_mode: str = "keep_start"
+    too_long: str = "truncate"
+    max_pairs: int | None = None
     bos_token_id: int | None = None
 
     def __post_init__(self):
-        if self.truncation_mode not in ("keep_start", "keep_end"):
-            raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {self.truncation_mode!r}.")
-        for name in ("max_length", "max_prompt_length", "max_completion_length"):
+        for name, allowed in {
+            "truncation_mode": ("keep_start", "keep_end"),
+            "too_long": ("truncate", "drop", "error"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("max_length", "max_prompt_length", "max_completion_length", "max_pairs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None for no limit, got {value}.")
 
     def apply(self, ids: PairIds) -> PairIds:
-        """The pair within its limits, with flags for every cut, for no room, and for completions that are now equal.
+        """The row within its limits, with flags for every cut, and without pairs that are useless now.
 
-        A pair without room comes back uncut: no completion is ever emptied. So does one that is useless already.
+        A row that is dropped comes back uncut: no completion is ever emptied. So does one that is useless already.
         """
-        if ids.flags & Flag.EMPTY_COMPLETION:
+        if ids.flags & USELESS:
             return ids
+        cut = self._cut(ids)
+        if cut is not ids and self.too_long != "truncate":
+            return ids._replace(flags=ids.flags | Flag.TOO_LONG)
+        if cut is None or not all(map(cut.scored, range(len(cut.completions)))):
+            return ids._replace(flags=ids.flags | Flag.NO_ROOM)
+        useful = cut.drop_pairs(
+            lambda pair: cut.completions[pair.chosen] == cut.completions[pair.rejected], Flag.IDENTICAL
+        )
+        return self._clearest(useful)
+
+    def _clearest(self, ids: PairIds) -> PairIds:
+        if self.max_pairs is None or len(ids.pairs) <= self.max_pairs:
+            return ids
+        stay = sorted(ids.pairs, key=lambda pair: -(pair.margin or 0.0))[: self.max_pairs]
+        return ids.drop_pairs(lambda pair: pair not in stay, Flag(0))
+
+    def _cut(self, ids: PairIds) -> PairIds | None:
+        """The same object where nothing is too long, None where the prompt leaves no room."""
         prompt = self._end_of_prompt(ids.prompt, self.max_prompt_length)
-        chosen, rejected = ids.chosen[: self.max_completion_length], ids.rejected[: self.max_completion_length]
+        longest = max(map(len, ids.completions))
+        room = longest if self.max_completion_length is None else min(longest, self.max_completion_length)
         if self.max_length is not None:
             if self.truncation_mode == "keep_end":
-                longer = max(len(chosen), len(rejected))
-                prompt = self._end_of_prompt(prompt, max(1, self.max_length - longer))
-            room = self.max_length - len(prompt)
+                prompt = self._end_of_prompt(prompt, max(1, self.max_length - room))
+            room = min(room, self.max_length - len(prompt))
             if room < 1:
-                return ids._replace(flags=ids.flags | Flag.NO_ROOM)
-            chosen, rejected = chosen[:room], rejected[:room]
-        flags = (
-            Flag.TRUNCATED_PROMPT * (len(prompt) < len(ids.prompt))
-            | Flag.TRUNCATED_CHOSEN * (len(chosen) < len(ids.chosen))
-            | Flag.TRUNCATED_REJECTED * (len(rejected) < len(ids.rejected))
-            | Flag.IDENTICAL * (chosen == rejected)
+                return None
+        if len(prompt) == len(ids.prompt) and room == longest:
+            return ids
+        shorter = [len(completion) > room for completion in ids.completions]
+        return ids._replace(
+            prompt=prompt,
+            completions=[completion[:room] for completion in ids.completions],
+            unscored=tuple((n, start, min(end, room)) for n, start, end in ids.unscored if start < room),
+            flags=ids.flags
+            | Flag.TRUNCATED_PROMPT * (len(prompt) < len(ids.prompt))
+            | Flag.TRUNCATED_CHOSEN * any(shorter[pair.chosen] for pair in ids.pairs)
+            | Flag.TRUNCATED_REJECTED * any(shorter[pair.rejected] for pair in ids.pairs),
         )
-        return PairIds(prompt, chosen, rejected, ids.flags | flags)
 
     def _end_of_prompt(self, prompt: list[int], keep: int | None) -> list[int]:
         if keep is None or len(prompt) <= keep:

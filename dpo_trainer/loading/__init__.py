@@ -3,6 +3,7 @@
 from .adapters import apply_peft, let_gradients_through, make_quantization_config
 from .datasets import load_dataset_splits
 from .dropout import disable_dropout
+from .mixture import load_mixture
 from .models import load_model, load_tokenizer
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "disable_dropout",
     "let_gradients_through",
     "load_dataset_splits",
+    "load_mixture",
     "load_model",
     "load_tokenizer",
     "make_quantization_config",

@@ -32,6 +32,7 @@ BOUNDS = {
     ),
     "discopop_tau": Bound(lambda v: v > 0, "above 0", "Its paper uses 0.05."),
     "simpo_gamma": Bound(lambda v: v >= 0, "at least 0", "0 asks for no margin."),
+    "odpo_alpha": Bound(lambda v: v >= 0, "at least 0", "0 is plain DPO."),
     "cpo_alpha": Bound(lambda v: v >= 0, "at least 0", "0 switches the NLL term off."),
     "dpop_lambda": Bound(lambda v: v >= 0, "at least 0", "0 is plain DPO."),
     "chi_po_reward_bound": Bound(lambda v: v > 0, "above 0", "Leave it out for no clipping."),

@@ -20,7 +20,7 @@ from .record import register_loss
 from .shaping import EXPONENT_LIMIT, Divergence, log_ratios, reverse_kl
 
 
-def margin(policy: PairLogps, reference: PairLogps, divergence: Divergence) -> Tensor:
+def gained_margin(policy: PairLogps, reference: PairLogps, divergence: Divergence) -> Tensor:
     """D, [N]."""
     chosen, rejected = log_ratios(policy, reference)
     return divergence(chosen) - divergence(rejected)
@@ -48,7 +48,44 @@ def sigmoid(
 
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; cDPO: Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    return smoothed_logistic(beta * margin(policy, reference, divergence), label_smoothing)
+    return smoothed_logistic(beta * gained_margin(policy, reference, divergence), label_smoothing)
+
+
+def unusable_margin(margin: float, *, odpo_offset: str = "log", **_: object) -> str | None:
+    """Why `odpo` has no offset for a pair of this margin."""
+    if odpo_offset == "linear" or margin > 0:
+        return None
+    return (
+        f"the margin {margin:g} has no logarithm: it says by how much chosen is better, so it must be above 0. Drop such "
+        "pairs, or take --odpo_offset linear."
+    )
+
+
+@register_loss("odpo", unusable_margin=unusable_margin)
+def odpo(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    margin: Tensor,
+    odpo_alpha: float = 1.0,
+    odpo_offset: str = "log",
+    divergence: Divergence = reverse_kl,
+) -> Tensor:
+    """DPO with an offset: the clearer the preference, the larger the margin that is asked for.
+
+        L = -log s(b D - alpha f(m)),    m = score(y_w) - score(y_l),  f(m) = log m
+
+    m is the column `margin`, in the unit of whoever judged; alpha is `odpo_alpha`, and f(m) = m with
+    `odpo_offset="linear"`. A margin of 1 is plain DPO under the logarithm, a smaller one asks for less. NaN for a pair
+    whose m has no f.
+
+    Source: Amini et al. 2024, arXiv:2402.10571, which leaves f open and takes the logarithm and alpha = 1 in its
+    experiments.
+    """
+    # Written out: the logarithm of 0 would make a finite loss of an infinite offset.
+    scaled = torch.where(margin > 0, margin, torch.nan).log() if odpo_offset == "log" else margin
+    return -F.logsigmoid(beta * gained_margin(policy, reference, divergence) - odpo_alpha * scaled)
 
 
 @register_loss("hinge")
@@ -59,7 +96,7 @@ def hinge(policy: PairLogps, reference: PairLogps, *, beta: float, divergence: D
 
     Source: Zhao et al. 2023, arXiv:2305.10425; on this margin: Liu et al. 2023, arXiv:2309.06657.
     """
-    return (1 - beta * margin(policy, reference, divergence)).relu()
+    return (1 - beta * gained_margin(policy, reference, divergence)).relu()
 
 
 @register_loss("ipo")
@@ -113,7 +150,7 @@ def exo_pair(
 
     Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
     """
-    h = beta * margin(policy, reference, divergence)
+    h = beta * gained_margin(policy, reference, divergence)
     toward = h.sigmoid() * (F.logsigmoid(h) - math.log1p(-label_smoothing))
     return toward + (-h).sigmoid() * (F.logsigmoid(-h) - math.log(label_smoothing))
 
@@ -135,7 +172,7 @@ def robust(
 
     Source: Chowdhury et al. 2024, arXiv:2403.00409.
     """
-    h = beta * margin(policy, reference, divergence)
+    h = beta * gained_margin(policy, reference, divergence)
     e = label_smoothing
     return (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
 
@@ -158,7 +195,7 @@ def discopop(
 
     Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5.
     """
-    h = beta * margin(policy, reference, divergence)
+    h = beta * gained_margin(policy, reference, divergence)
     logistic = -F.logsigmoid(h) * (-h / discopop_tau).sigmoid()
     # m e^-h as one exponential: e^-h alone overflows where m vanishes.
     exponent = F.logsigmoid(h / discopop_tau) - h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,25 @@ class Objective:
         return self.needs_reference and self.ld_alpha is not None
 
     @property
+    def needs_margin(self) -> bool:
+        """Whether every pair must say by how much chosen is better."""
+        return any(term.loss.needs_margin for term in self.terms)
+
+    def unusable_margin(self, margin: float | None) -> str | None:
+        """Why a pair with this margin cannot be trained on, and the way out; None where it can.
+
+        For whoever prepares the data: asked once per pair, on the host. In a step nothing is asked, for that would wait
+        for the device; a margin that slips through gives a loss of NaN, which stops the run before the weights move.
+        """
+        for term in self.terms:
+            if margin is None or math.isnan(margin):
+                if term.loss.needs_margin:
+                    return needs_one(term.loss)
+            elif why := term.loss.unusable_margin(margin, **term.hyperparameters):
+                return f"--loss_type {term.loss.name}: {why}"
+        return None
+
+    @property
     def token_stats(self) -> frozenset[str]:
         """Fields of the policy's `TokenLogps` that the log-probs must fill in beyond the log-probs themselves."""
         return frozenset({"log_sum_sq"}) if self.use_weighting else frozenset()
@@ -106,11 +126,17 @@ class Objective:
         *,
         training: bool,
         weight: Tensor | None = None,
+        margin: Tensor | None = None,
     ) -> PairLosses:
-        """`reference` None counts as zeros. `weight` [N]: pairs of weight 0 do not touch the losses of the others."""
+        """`reference` None counts as zeros. `weight` [N]: pairs of weight 0 do not touch the losses of the others.
+
+        `margin` [N] as the data gave it, NaN for a pair without; None where no pair of the batch has one.
+        """
         weight = torch.ones_like(policy.chosen) if weight is None else weight
         shaped, shaped_reference = self._shape(policy, reference)
         supplied = {"divergence": self.divergence, "weight": weight, "ranks": self.ranks}
+        if margin is not None:
+            supplied["margin"] = margin
         if self._takes("delta"):
             supplied["delta"] = self._delta(shaped, shaped_reference, weight, training)
 
@@ -134,6 +160,8 @@ class Objective:
     def _mixture(self, policy: PairLogps, reference: PairLogps, supplied: dict[str, Any]) -> Tensor:
         total = torch.zeros_like(policy.chosen)
         for term in self.terms:
+            if term.loss.needs_margin and "margin" not in supplied:
+                raise ValueError(f"The batch has no margins, and {needs_one(term.loss)}")
             wanted = {name: value for name, value in supplied.items() if name in term.loss.arguments}
             losses = term.loss(policy, reference, **term.hyperparameters, **wanted)
             if losses.shape != total.shape:
@@ -168,6 +196,13 @@ class Objective:
             )
         if "delta" in state:
             self.shift.load_state_dict(state["delta"])
+
+
+def needs_one(loss: Loss) -> str:
+    return (
+        f"--loss_type {loss.name} needs to know of every pair by how much chosen is better: give the data a column "
+        "'margin', or scores, or choose another loss."
+    )
 
 
 def zero_logps(policy: PairLogps) -> PairLogps:

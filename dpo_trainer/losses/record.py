@@ -16,8 +16,12 @@ from ..registry import Registry, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
-SUPPLIED = ("divergence", "delta", "weight", "ranks")
+SUPPLIED = ("divergence", "delta", "margin", "ranks", "weight")
 """Keyword arguments that `Objective` fills in; every other one is a field of the config, or has a default."""
+
+
+def takes_any_margin(margin: float, **hyperparameters: Any) -> str | None:
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,7 @@ class Loss:
     `needs_reference`: False if it never reads the reference.
     `separable`: the loss of a pair does not depend on the other pairs of its batch.
     `takes_ld`: LD-DPO's shaping of the log-probs makes sense for it (not for a likelihood of whole completions).
+    `unusable_margin`: why it cannot take a margin, None where it can: `function(margin, **hyperparameters)`.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Loss:
     separable: bool = True
     takes_ld: bool = True
     aliases: tuple[str, ...] = ()
+    unusable_margin: Callable[..., str | None] = takes_any_margin
 
     def __call__(self, policy: Any, reference: Any, **hyperparameters: Any) -> Tensor:
         return self.function(policy, reference, **hyperparameters)
@@ -44,6 +50,11 @@ class Loss:
         """Keyword-only arguments and their defaults (`inspect.Parameter.empty` where there is none)."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def needs_margin(self) -> bool:
+        """Whether it cannot do without knowing by how much chosen is better."""
+        return self.arguments.get("margin") is inspect.Parameter.empty
 
     @property
     def builtin(self) -> bool:
@@ -128,11 +139,14 @@ def register_loss(
     separable: bool = True,
     takes_ld: bool = True,
     aliases: tuple[str, ...] = (),
+    unusable_margin: Callable[..., str | None] = takes_any_margin,
 ) -> Callable[[F], F]:
     """Decorator that makes `function(policy, reference, *, hyperparameters) -> [N]` available as `--loss_type name`.
 
     Hyperparameters are looked up by name on the config; `divergence`, `delta`, `weight` and `ranks` come from the
-    `Objective`. An argument of your own needs a default. The function itself is returned unchanged.
+    `Objective`, and `margin` [N] from the data: without a default, a pair that has none is refused; with one, margins
+    are passed where the batch has any, NaN for a pair without. An argument of your own needs a default.
+    The function itself is returned unchanged.
 
         @register_loss("mine")
         def mine(policy, reference, *, beta):
@@ -150,6 +164,7 @@ def register_loss(
                 separable=separable,
                 takes_ld=takes_ld,
                 aliases=aliases,
+                unusable_margin=unusable_margin,
             ),
         )
         return function

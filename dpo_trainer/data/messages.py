@@ -1,0 +1,104 @@
+"""Chat messages in the spellings that real data has -> [{"role": ..., "content": ...}], checked.
+
+    {"role", "content"}      as chat templates read them; content a string, or a list of text parts
+    {"from", "value"}        ShareGPT: human, gpt, system, observation, function_call
+
+Entries that are None are left out: a table fills every message with the keys of all others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..batch import Message
+from ..registry import did_you_mean
+from .errors import bad
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+    "function_call": "assistant",
+}
+ROLE = re.compile(r"[\w.-]+")
+
+
+def read_messages(value: Any, where: str, column: str) -> list[Message]:
+    """A list of messages, or one message alone, as a list of checked ones."""
+    if isinstance(value, Mapping):
+        return [_message(value, where, column)]
+    if not value:
+        raise bad(where, column, "is an empty list", "Give at least one message, or leave the row out")
+    return [_message(message, where, f"{column}[{turn}]") for turn, message in enumerate(value)]
+
+
+def without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_blank(completion: str | list[Message]) -> bool:
+    """Whether a completion says nothing: not an error, for real data has some, but nothing to learn from."""
+    if isinstance(completion, str):
+        return not completion.strip()
+    return not any(
+        turn.get("content", "").strip() or turn.get("tool_calls") for turn in completion if turn["role"] == "assistant"
+    )
+
+
+def _message(message: Any, where: str, column: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise bad(where, column, f"is of type {type(message).__name__}", 'Give {"role": ..., "content": ...}')
+    message = without_none(message)
+    if "from" in message and "role" not in message:
+        message = _from_sharegpt(message, where, column)
+    role, content = message.get("role"), message.get("content")
+    if role is None or (content is None and not message.get("tool_calls")):
+        missing = "role" if role is None else "content"
+        problem = f"has no {missing} (it has: {', '.join(map(str, message)) or 'nothing'})"
+        raise bad(where, column, problem, "A message needs role and content (or from and value)")
+    if not isinstance(role, str) or not ROLE.fullmatch(role):  # templates write it between control characters
+        raise bad(
+            where, column, f"has the role {role!r:.80}", "Give a name of letters and digits, such as user or assistant"
+        )
+    if isinstance(content, list):
+        message["content"] = "".join(_text_part(part, where, column) for part in content)
+    elif content is not None and not isinstance(content, str):
+        raise bad(where, column, f"has content of type {type(content).__name__}", "Give the content as one string")
+    return message
+
+
+def _from_sharegpt(message: Message, where: str, column: str) -> Message:
+    speaker, value = message["from"], message.get("value")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        hint = did_you_mean(str(speaker), SHAREGPT_ROLES)
+        raise bad(where, column, f"is from {speaker!r}.{hint}".rstrip("."), f"Known: {', '.join(SHAREGPT_ROLES)}")
+    rest = {key: item for key, item in message.items() if key not in ("from", "value")}
+    if speaker != "function_call":
+        return {"role": SHAREGPT_ROLES[speaker], "content": value, **rest} if value is not None else {"role": speaker}
+    try:
+        call = json.loads(value) if isinstance(value, str) else value
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise bad(where, column, f"is a function_call that is not JSON ({error})", "Mend it") from None
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise bad(
+            where, column, "is a function_call without a name", 'Give {"name": ..., "arguments": {...}} as value'
+        )
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": dict(call)}], **rest}
+
+
+def _text_part(part: Any, where: str, column: str) -> str:
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise bad(
+        where, column, f"has a content part of type {kind!r}", "Only parts of type 'text' can be trained on here"
+    )

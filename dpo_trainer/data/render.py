@@ -1,0 +1,159 @@
+"""Pair -> what the tokenizer reads: the chat template applied once per text, or the plain strings themselves.
+
+Every text is a beginning of the conversation: the prompt; the prompt with each completion; and, for a completion of
+several turns, the places where an assistant's turn begins and ends. Token positions come from comparing the token ids of
+these texts, so no character offset has to be turned into a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..batch import Message, Pair
+from .errors import bad
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Rendered(NamedTuple):
+    """One row as texts, or as token ids where the template had to be kept apart from control tokens in the text."""
+
+    prompt: str | list[int]
+    completions: Sequence[str | list[int]]  # each starts with the prompt, or with what the template makes of it
+    edges: Sequence[Sequence[str | list[int]]]  # per completion: up to where scored stretches begin and end, in turn
+    templated: bool
+    control_text: bool = False  # a string of the row has the text of a control token in it
+
+    @property
+    def all(self) -> list[str | list[int]]:
+        return [self.prompt, *self.completions, *(edge for edges in self.edges for edge in edges)]
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the text of any token that steers the model: those that the tokenizer calls special."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None) -> Rendered:
+    """`control` matches what must stay text in the strings of the row; None: nothing."""
+    found = control is not None and any(map(control.search, strings_of(pair)))
+    if isinstance(pair.prompt, str):
+        texts = [f"{pair.prompt}{completion}" for completion in pair.completions]
+        return Rendered(pair.prompt, texts, [[]] * len(texts), templated=False, control_text=found)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{where} is a conversation, and the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
+            "model is to be used with, or give the row as plain strings."
+        )
+    return _Conversation(pair, tokenizer, where, as_ids=found).rendered()
+
+
+def strings_of(pair: Pair) -> Iterator[str]:
+    """Every string of a row that reaches the tokenizer, but for dict keys."""
+    return _strings([pair.prompt, pair.completions, pair.tools, pair.chat_template_kwargs])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+class _Conversation:
+    """Renders one row of messages. `as_ids`: control tokens in its strings stay text, which only token ids can say."""
+
+    def __init__(self, pair: Pair, tokenizer: Any, where: str, *, as_ids: bool):
+        self.pair, self.where, self.as_ids = pair, where, as_ids
+        self.prompt = cast("list[Message]", pair.prompt)
+        self.completions = cast("tuple[list[Message], ...]", pair.completions)
+        self.tokenizer = _sanitizing(tokenizer) if as_ids else tokenizer
+        self.continued = self.prompt[-1]["role"] == "assistant"
+
+    def rendered(self) -> Rendered:
+        start = self._text(
+            self.prompt, add_generation_prompt=not self.continued, continue_final_message=self.continued
+        )
+        wholes = [self._text(self._joined(completion)) for completion in self.completions]
+        edges = [self._edges(number, start, whole) for number, whole in enumerate(wholes)]
+        return Rendered(start, wholes, edges, templated=True, control_text=self.as_ids)
+
+    def _text(self, messages: list[Message], **how: bool) -> Any:
+        how |= {"sanitize_control_tokens": True, "return_dict": False} if self.as_ids else {}
+        options = self.pair.chat_template_kwargs
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=self.pair.tools, tokenize=self.as_ids, **how, **options
+            )
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            raise ValueError(
+                f"{self.where}: the chat template refuses these messages: {error}. Change their roles or order, or the "
+                "template."
+            ) from error
+
+    def _joined(self, completion: list[Message]) -> list[Message]:
+        """One conversation. A prompt that ends in an assistant turn is continued, not answered anew."""
+        prompt = self.prompt
+        if not self.continued:
+            return [*prompt, *completion]
+        last, first = prompt[-1], completion[0]
+        content = last.get("content", "") + first.get("content", "")
+        return [*prompt[:-1], {**last, **first, "content": content}, *completion[1:]]
+
+    # --- completions with turns that are not the assistant's ---
+
+    def _edges(self, number: int, start: Any, whole: Any) -> list:
+        """Where the assistant's turns begin and end: by the template's generation markers, else by rendering up to there."""
+        completion = self.completions[number]
+        if all(turn["role"] == "assistant" for turn in completion):
+            return []
+        if not self.as_ids and GENERATION.search(self.tokenizer.get_chat_template(tools=self.pair.tools)):
+            return self._marked(completion, whole)
+        edges = []
+        for turn, message in enumerate(completion):
+            if message["role"] != "assistant":
+                continue
+            edges.append(self._text(self._joined(completion[:turn]), add_generation_prompt=True) if turn else start)
+            edges.append(self._text(self._joined(completion[: turn + 1])))
+        for edge in edges:
+            if whole[: len(edge)] != edge:
+                raise self._cannot_tell(number)
+        return edges
+
+    def _marked(self, completion: list[Message], whole: str) -> list[str]:
+        template = self.tokenizer.get_chat_template(tools=self.pair.tools)
+        _, (stretches,) = render_jinja_template(
+            [self._joined(completion)],
+            tools=self.pair.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.pair.chat_template_kwargs},
+        )
+        turns = sum(turn["role"] == "assistant" for turn in completion)
+        return [whole[:edge] for start_end in stretches[-turns:] for edge in start_end]
+
+    def _cannot_tell(self, number: int) -> ValueError:
+        return bad(
+            self.where,
+            f"completion {number}",
+            "has turns of others inside, and the chat template rewrites earlier turns, so it cannot be told which tokens are "
+            "the assistant's",
+            "Use a template with {% generation %} markers, or end the completion before the first turn of another role",
+        )
+
+
+def _sanitizing(tokenizer: Any) -> Any:
+    """The same tokenizer, told that only special tokens steer: text such as <think> may be an assistant's own."""
+    if tokenizer.chat_control_tokens is not None:
+        return tokenizer
+    twin = copy.copy(tokenizer)
+    twin.chat_control_tokens = []
+    return twin

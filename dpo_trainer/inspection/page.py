@@ -1,0 +1,40 @@
+"""The page: one HTML file that asks nobody for anything. Whatever comes from data is escaped, by the template engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .chapters import chapters
+from .findings import findings
+from .plots import plots
+from .result import Inspection
+from .show import CUT, READ, SCORED, Gap
+from .visible import printable
+
+TEMPLATE = "page.html"
+
+
+def write_page(found: Inspection, path: Path) -> None:
+    path.write_text(page(found), encoding="utf-8")
+
+
+def page(found: Inspection) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # `printable` also takes out what HTML cannot hold (lone surrogates) or would obey (direction marks).
+    environment.filters["printable"] = printable
+    environment.tests["gap"] = lambda token: isinstance(token, Gap)
+    return environment.get_template(TEMPLATE).render(
+        found=found,
+        findings=findings(found),
+        chapters=chapters(found),
+        plots=plots(found),
+        states={SCORED: "scored", READ: "read, not scored", CUT: "cut away"},
+    )

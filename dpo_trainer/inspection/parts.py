@@ -1,0 +1,108 @@
+"""The dataset of a run, or the several of a mixture, and their rows by number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+
+from ..cli import ScriptArguments
+from ..data.columns import check_columns
+from ..loading import load_dataset_splits, load_mixture
+from ..loading.mixture import parse_mixture
+
+
+class NumberedRow(NamedTuple):
+    number: int  # in the file; in a mixture, after the rows of the datasets before it
+    where: str  # its name in errors
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One dataset. Its rows are numbered from `first` on."""
+
+    name: str
+    dataset: Dataset | IterableDataset
+    first: int = 0
+
+    def numbers(self) -> np.ndarray:
+        """Of the rows of a table, in the file: a split that was selected from it has gaps."""
+        selected = getattr(self.dataset, "_indices", None)
+        own = np.arange(len(self.dataset)) if selected is None else selected.column(0).to_numpy()
+        return self.first + own
+
+    def rows(self, take: np.ndarray | None) -> Iterator[NumberedRow]:
+        """All rows, or those at the places `take` of a table."""
+        if self.dataset.column_names is not None:
+            check_columns(self.dataset.column_names, self.name)
+        rows: Any = self.dataset.with_format(None)
+        if isinstance(rows, IterableDataset):
+            numbers: Any = range(self.first, 2**62)
+        else:
+            numbers = self.numbers() if take is None else self.numbers()[take]
+            rows = rows if take is None else rows.select(take)
+        for number, row in zip(numbers, rows):
+            yield NumberedRow(int(number), f"Row {number - self.first} of {self.name}", row)
+
+
+def load_parts(script: ScriptArguments, seed: int) -> list[Part]:
+    """What the run would train on."""
+    which: dict[str, Any] = {
+        "train_split": script.dataset_train_split,
+        "test_split": script.dataset_test_split,
+        "test_split_size": script.test_split_size,
+        "eval_name_or_path": script.eval_dataset,
+        "streaming": script.streaming,
+        "seed": seed,
+    }
+    if script.datasets is not None:
+        loaded, _ = load_mixture(script.datasets, **which)
+        return in_order([source.name for source in parse_mixture(script.datasets)], loaded)
+    assert script.dataset_name is not None  # the parser refuses neither
+    dataset, _ = load_dataset_splits(
+        script.dataset_name,
+        config=script.dataset_config,
+        columns=script.columns,
+        **which,
+    )
+    return in_order([script.dataset_name], [dataset])
+
+
+def in_order(names: Sequence[str], loaded: Sequence[Dataset | IterableDataset]) -> list[Part]:
+    """Rows count on from one dataset to the next; streams, whose length nobody knows, are a billion apart."""
+    parts: list[Part] = []
+    first = 0
+    for name, dataset in zip(names, loaded, strict=True):
+        parts.append(Part(name=name, dataset=dataset, first=first))
+        table = isinstance(dataset, Dataset) and len(dataset)
+        first = int(parts[-1].numbers().max()) + 1 if table else first + 10**9
+    return parts
+
+
+def size_of(parts: Sequence[Part]) -> int | None:
+    """Rows in all; None where one is a stream."""
+    datasets = [part.dataset for part in parts]
+    return sum(map(len, datasets)) if all(isinstance(d, Dataset) for d in datasets) else None
+
+
+def read_parts(parts: Sequence[Part], max_rows: int | None, seed: int) -> Iterator[NumberedRow]:
+    """All rows; or `max_rows` random ones in their order, of streams the first ones."""
+    size = size_of(parts)
+    if max_rows is None or (size is not None and max_rows >= size):
+        for part in parts:
+            yield from part.rows(None)
+        return
+    if size is None:
+        yield from islice((row for part in parts for row in part.rows(None)), max_rows)
+        return
+    taken = np.sort(np.random.default_rng(seed).permutation(size)[:max_rows])
+    start = 0
+    for part in parts:
+        end = start + len(part.dataset)
+        yield from part.rows(taken[(start <= taken) & (taken < end)] - start)
+        start = end

@@ -1,0 +1,115 @@
+"""Rows that a reader yields -> a `Dataset` on disk, written once per content of the files."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+
+from .column_types import as_array, column_type, wider
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 256
+"""Rows in memory at a time: few enough for rows of 2 MB."""
+
+VERSION = 1
+"""Part of the cache key: raise it when the same files give other tables."""
+
+
+def table_of_rows(read: Callable[[], Iterator[dict[str, Any]]], files: list[str], key: str) -> Dataset:
+    """The rows of `read`, which come from `files`. `key` tells apart ways of reading the same files.
+
+    The files are read twice: once to find types that hold every row, however late a column first has a value, and once
+    to write. The table lies in the cache of `datasets` under a hash of the files' content, which is its fingerprint too:
+    a second run, or the same file in another place, reads that, and all that was computed from it.
+    """
+    fingerprint = _fingerprint(files, key)
+    path = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "dpo_trainer" / fingerprint / "rows.arrow"
+    if not path.is_file():
+        logger.info("Reading %s into %s.", ", ".join(files), path)
+        types = _types_of_columns(read())
+        if not types:
+            raise ValueError(no_rows(files))
+        _write(read(), types, path, files)
+    dataset = Dataset.from_file(str(path))
+    dataset._fingerprint = fingerprint  # its own would depend on the time when the table was written
+    return dataset
+
+
+def no_rows(files: list[str]) -> str:
+    return f"{', '.join(files)}: there are no rows. Write one preference pair per row."
+
+
+def _fingerprint(files: list[str], key: str) -> str:
+    digest = hashlib.blake2b(f"{VERSION}:{key}".encode(), digest_size=8)
+    for file in files:
+        content = hashlib.blake2b()
+        try:
+            with open(file, "rb") as data:
+                while chunk := data.read(1 << 20):
+                    content.update(chunk)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read ({error.strerror}). Check that you may read it.") from error
+        digest.update(content.digest())
+    return digest.hexdigest()
+
+
+def _blocks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while block := list(islice(rows, BLOCK)):
+        yield block
+
+
+def _types_of_columns(rows: Iterator[dict[str, Any]]) -> dict[str, pa.DataType]:
+    """In the order in which the columns first appear. A row that lacks a column has None there."""
+    types: dict[str, pa.DataType] = {}
+    for block in _blocks(rows):
+        for name in dict.fromkeys(name for row in block for name in row):
+            found = column_type([row.get(name) for row in block])
+            types[name] = wider(types[name], found) if name in types else found
+    return types
+
+
+def _write(rows: Iterator[dict[str, Any]], types: dict[str, pa.DataType], path: Path, files: list[str]) -> None:
+    """Under another name first: a run that is killed, or runs at the same time, leaves no half of a table behind."""
+    schema = pa.schema(list(types.items()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+            try:
+                with pa.ipc.new_stream(part, schema) as writer:
+                    for block in _blocks(rows):
+                        writer.write_table(_table(block, types, schema, files))
+            except BaseException:
+                os.unlink(part.name)
+                raise
+        os.replace(part.name, path)
+    except OSError as error:
+        raise ValueError(
+            f"The dataset cache {path.parent} cannot be written ({error.strerror or error}). Make room there, or point "
+            "the environment variable HF_DATASETS_CACHE to another folder."
+        ) from error
+
+
+def _table(
+    block: list[dict[str, Any]], types: dict[str, pa.DataType], schema: pa.Schema, files: list[str]
+) -> pa.Table:
+    columns = []
+    for name, dtype in types.items():
+        try:
+            columns.append(as_array([row.get(name) for row in block], dtype))
+        except pa.ArrowInvalid as error:  # integers above 2**53 in a column of floats
+            raise ValueError(
+                f"{', '.join(files)}: the column {name!r} has values that do not go together: {error}. Write them as "
+                "strings, or remove the column."
+            ) from error
+    return pa.table(columns, schema=schema)
