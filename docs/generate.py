@@ -136,6 +136,12 @@ def speed() -> str:
     return table([*head, "", "loss differs by"], rows) + "\n\n" + caption
 
 
+def tokenization() -> str:
+    """The table that `benchmarks/tokenization.py` wrote."""
+    measured = ROOT / "benchmarks" / "results" / "tokenization.md"
+    return measured.read_text().strip() if measured.exists() else "`python benchmarks/tokenization.py` measures it."
+
+
 REGIONS: dict[str, Callable[[], str]] = {
     "losses": losses,
     "loss-notes": loss_notes,
@@ -143,6 +149,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "config": config,
     "script-options": script_options,
     "speed": speed,
+    "tokenization": tokenization,
 }
 
 

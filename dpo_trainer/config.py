@@ -368,6 +368,10 @@ class DPOConfig(TrainingArguments):
                 "--torch_compile is not available in this version: every batch has its own segments, and would be compiled "
                 "anew. Leave it off."
             )
+        if self.eval_use_gather_object:
+            raise ValueError(
+                "--eval_use_gather_object does nothing here: pairs are gathered by their number. Leave it off."
+            )
         for name in ("dispatch_batches", "split_batches"):
             if getattr(self.accelerator_config, name):
                 raise ValueError(

@@ -182,7 +182,7 @@ class DPOTrainer(Trainer):
                 self.processing_class,
                 DataOptions.from_config(self.args),
                 name=name,
-                requires_margin=self.objective.needs_margin,
+                unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
             )
         self.data_reports.update(reports)
         return prepared

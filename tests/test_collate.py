@@ -434,10 +434,10 @@ def test_a_row_without_tokens_is_named(name, how):
 @pytest.mark.parametrize(
     ("columns", "what"),
     [
-        ({"pairs": [[0, 1], [0, 3]]}, r"column 'pairs': holds \(0, 3\) for 3 completions"),
-        ({"pairs": [[0, 1], [0, -1]]}, r"column 'pairs': holds \(0, -1\) for 3 completions"),
-        ({"pairs": [[1, 1], [0, 1]]}, r"column 'pairs': holds \(1, 1\)"),
-        ({"pairs": [[0, 1, 2], [0, 1]]}, r"column 'pairs': holds \(0, 1, 2\)"),
+        ({"pairs": [[0, 1], [0, 3]]}, r"column 'pairs': holds \[0, 3\] for 3 completions"),
+        ({"pairs": [[0, 1], [0, -1]]}, r"column 'pairs': holds \[0, -1\] for 3 completions"),
+        ({"pairs": [[1, 1], [0, 1]]}, r"column 'pairs': holds \[1, 1\]"),
+        ({"pairs": [[0, 1, 2], [0, 1]]}, r"column 'pairs': holds \[0, 1, 2\]"),
         ({"margin": [1.0]}, r"column 'margin': is \[1.0\] for 2 pairs"),
         ({"margin": [1.0, math.inf]}, r"column 'margin': is \[1.0, inf\]"),
         ({"more_ids": [[]]}, r"column 'more_ids\[0\]': is \[\].*Give at least one token"),

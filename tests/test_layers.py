@@ -26,6 +26,7 @@ ORDER: list[set[str]] = [
     {"assembly", "model_card"},
     {"trainer"},
     {"demo", "cli"},
+    {"inspection"},
     {"scripts"},
 ]
 PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}
@@ -35,6 +36,7 @@ FORBIDDEN = {
     "losses": {"data", "attention", "logprobs", "layout", "reference", "config"},
     "metrics": {"data", "attention", "logprobs", "layout", "reference"},
     "reference": {"data", "layout"},
+    "inspection": {"assembly", "trainer", "demo"},
 }
 
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import logging
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from dpo_trainer import register_loss
+from dpo_trainer import DPOTrainer, register_loss
 from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
 from dpo_trainer.metrics import METRICS, FallingChosenWarning, FiniteCheck, MetricSums, StepParts, per_pair, step_loss
 
@@ -129,6 +136,17 @@ def test_shared_completion_counts_its_tokens_once():
     got = reduced(parts(chosen=(0, 0, 4)))
     assert got["logits/chosen"] == pytest.approx(1.5)
     assert got["logps/chosen"] == pytest.approx(-3.0)
+
+
+def test_a_completion_in_the_middle_of_a_ranking_is_on_both_sides():
+    """0 > 3 > 1: completion 3 is rejected and chosen. Its tokens count on either side, and once in the entropy."""
+    whole = parts(chosen=(0, 3, 4))
+    rejected = torch.tensor([3, 1, 5])
+    whole = dataclasses.replace(whole, batch=dataclasses.replace(whole.batch, rejected=rejected))
+    got = reduced(whole)
+    assert got["logits/chosen"] == pytest.approx((1 + 2 + 0 + 1 + 5) / 5)
+    assert got["logits/rejected"] == pytest.approx((2 + 0 + 1 + 5) / 4)
+    assert got["entropy"] == pytest.approx((1 + 1 + 2 + 3 + 3 + 4) / 6)
 
 
 def test_sums_start_anew_after_a_line():
@@ -301,6 +319,152 @@ def test_compute_metrics_receives_pairs(tmp_path):
     assert metrics["eval_rewards/accuracies"] == pytest.approx(accuracy)
 
 
+# --- rows of several pairs ---
+
+
+def ranked_rows(n: int, seed: int = 0) -> Dataset:
+    """Token ids: rows of 2, 3, 4, 2 ... completions, each better than all that follow it: 1, 3, 6, 1 ... pairs."""
+    numbers = torch.Generator().manual_seed(seed)
+
+    def ids(most: int) -> list[int]:
+        length = int(torch.randint(1, most, (1,), generator=numbers))
+        return torch.randint(len(tiny.SPECIAL), tiny.VOCABULARY, (length,), generator=numbers).tolist()
+
+    rows = []
+    for i in range(n):
+        k = 2 + i % 3
+        rows.append(
+            {
+                "example_id": i,
+                "prompt_ids": ids(8),
+                "chosen_ids": [7, *ids(6)],
+                "rejected_ids": [8, *ids(6)],
+                "more_ids": [[9 + number, *ids(6)] for number in range(k - 2)],
+                "pairs": [list(pair) for pair in itertools.combinations(range(k), 2)],
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+PAIRS_OF_ROW = [1, 3, 6, 1, 3, 6, 1]  # of `ranked_rows(7)`
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7])
+def test_compute_metrics_receives_every_pair_of_ranked_rows(size, tmp_path):
+    """Rows in batches of 4 + 3, say: the last batch has 10 pairs in 3 rows, and none of them is lost."""
+    seen: list[Any] = []
+    trainer = tiny.trainer(
+        tmp_path,
+        per_device_eval_batch_size=size,
+        max_length=None,
+        parts={"compute_metrics": lambda p: seen.append(p) or {}, "ref_model": tiny.llama(seed=5)},
+    )
+    metrics = trainer.evaluate(ranked_rows(7))
+    (prediction,) = seen
+    assert prediction.label_ids.tolist() == [i for i, n in enumerate(PAIRS_OF_ROW) for _ in range(n)]
+    margins = prediction.predictions["rewards/chosen"] - prediction.predictions["rewards/rejected"]
+    assert metrics["eval_rewards/margins"] == pytest.approx(margins.mean(), abs=1e-5)
+    assert metrics["eval_rewards/accuracies"] == pytest.approx((margins > 0).mean())
+    assert len(set(margins.tolist())) == 21
+
+
+def on_rank(rank: int, *, rows: int, remainder: int, last: bool = True) -> SimpleNamespace:
+    """As much of a trainer, one of two processes with batches of `rows`, as finds the fillers."""
+    state = SimpleNamespace(
+        end_of_dataloader=last, remainder=remainder, active_dataloader=SimpleNamespace(total_batch_size=2 * rows)
+    )
+    return SimpleNamespace(accelerator=SimpleNamespace(num_processes=2, process_index=rank, gradient_state=state))
+
+
+@pytest.mark.parametrize(
+    ("rank", "remainder", "real"),
+    [
+        (0, 4, [True] * 6),
+        (1, 4, [True, True, True, False, False, False]),  # the first of its rows has three pairs
+        (1, 5, [True, True, True, True, False, False]),
+        (0, 2, [True, True, True, True, False, False]),
+        (1, 2, [False] * 6),
+        (1, 0, [True] * 6),  # the rows fill all batches
+        (1, -1, [True] * 6),  # a stream: nobody knows, and it fills itself with weights of 0
+    ],
+)
+def test_fillers_are_rows_and_weights_are_of_pairs(rank, remainder, real):
+    """Batches of three rows with 3, 1 and 2 pairs on each of two ranks."""
+    weight = torch.tensor([1.0, 1.0, 1.0, 0.5, 2.0, 2.0])
+    inputs = {"weight": weight, "row": torch.tensor([0, 0, 0, 1, 2, 2])}
+    got = DPOTrainer._unweigh_fillers(on_rank(rank, rows=3, remainder=remainder), inputs)
+    assert got.tolist() == real
+    assert inputs["weight"].tolist() == [w if r else 0.0 for w, r in zip(weight.tolist(), real, strict=True)]
+
+
+def test_fillers_of_a_collator_that_says_nothing_of_rows():
+    """One of another library: a pair is a row."""
+    inputs = {"input_ids": torch.zeros(6, 4, dtype=torch.long)}
+    assert DPOTrainer._unweigh_fillers(on_rank(1, rows=3, remainder=5), inputs).tolist() == [True, True, False]
+    assert inputs["weight"].tolist() == [1.0, 1.0, 0.0]
+    early = {"input_ids": torch.zeros(6, 4, dtype=torch.long)}
+    assert DPOTrainer._unweigh_fillers(on_rank(1, rows=3, remainder=5, last=False), early).all()
+    assert "weight" not in early
+
+
+TWO_RANKS = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_metrics import lines_and_predictions
+lines_and_predictions({folder!r}, ranks=2)
+"""
+
+
+def lines_and_predictions(folder: str, ranks: int) -> None:
+    """Trains on 7 ranked rows, 4 + 3 to a step, and evaluates: written to a file by the main process."""
+    seen: list[Any] = []
+    trainer = tiny.trainer(
+        folder,
+        train=ranked_rows(7),
+        max_length=None,
+        max_steps=4,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=4 // ranks,
+        per_device_eval_batch_size=4 // ranks,
+        parts={"compute_metrics": lambda p: seen.append(p) or {}},
+    )
+    trainer.train()
+    metrics = trainer.evaluate(ranked_rows(7, seed=1))
+    if trainer.is_world_process_zero():
+        (prediction,) = seen
+        means = [name for name in METRICS if name != "aux_loss"]
+        found = {
+            "ranks": trainer.accelerator.num_processes,
+            "lines": [{name: line[name] for name in means} for line in tiny.log_lines(trainer)],
+            "eval": {name: metrics[f"eval_{name}"] for name in means},
+            "example_ids": prediction.label_ids.tolist(),
+            "logps": {name: values.tolist() for name, values in prediction.predictions.items()},
+        }
+        Path(folder, f"{ranks}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.distributed
+def test_two_processes_count_every_pair_of_ranked_rows_once(tmp_path):
+    """Rank 0 has 1 + 3 pairs where rank 1 has 6 + 1; of the last batch, one row is a filler, with 3 pairs or with 1."""
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*launch, str(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines_and_predictions(str(tmp_path), ranks=1)
+    got, want = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (2, 1))
+    assert (got["ranks"], want["ranks"]) == (2, 1)
+    assert got["example_ids"] == want["example_ids"] == [i for i, n in enumerate(PAIRS_OF_ROW) for _ in range(n)]
+    # float32: the sums of two ranks are added in another order.
+    for name, values in want["logps"].items():
+        assert got["logps"][name] == pytest.approx(values, abs=1e-4), name
+    assert got["eval"] == pytest.approx(want["eval"], rel=1e-6, abs=1e-5)
+    assert len(want["lines"]) == 4
+    for mine, theirs in zip(got["lines"], want["lines"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-5)
+
+
 # --- nothing waits for the device between two log lines ---
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2", "_unique"}
@@ -415,6 +579,13 @@ def test_finite_check_is_silent_about_finite_losses_and_forgets():
     check.watch(watched([5, 6], [1.0, math.inf]))
     with pytest.raises(FloatingPointError, match=r"step 2 .*example_ids \[6\].*not updated.*learning rate"):
         check.check(lambda n: n, step=2)
+
+
+def test_finite_check_names_a_row_of_several_pairs_once():
+    check = FiniteCheck()
+    check.watch(watched([7, 7, 7, 3], [math.nan, 1.0, math.nan, math.inf]))
+    with pytest.raises(FloatingPointError, match=r"\(example_ids \[7, 3\]\)"):
+        check.check(lambda n: n, step=1)
 
 
 def test_finite_check_stops_every_rank():

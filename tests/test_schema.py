@@ -19,7 +19,6 @@ from dpo_trainer.data.schema import pair_from_row, weight_from_row
 from dpo_trainer.data.tokenized import example_id_from_row, ids_from_row
 from dpo_trainer.data.truncate import PairIds
 
-
 TOKENIZER = byte_bpe(chat_template=CHAT)
 
 
@@ -300,6 +299,8 @@ def test_the_users_own_columns_are_left_alone():
     check_columns(["prompt", "chosen", "rejected", "prompt_id", "choosen", "source"], "train")
     check_columns(["chosen", "rejected", "prompt_id", "score_chosen"], "train")
     check_columns([*IDS, "anything"], "train")
+    check_columns(["prompt", "completions", "scores", "promt"], "train")
+    check_columns(["messages", "chosen", "rejected", "promt"], "train")
     assert unread_columns(["prompt", "weight", "source"]) == ["source"]
 
 
@@ -400,7 +401,9 @@ BAD_COLUMNS = {
     "misspelt prompt": (["promt", "chosen", "rejected"], ["rename_column('promt', 'prompt')"]),
     "capital prompt": (["Prompt", "chosen", "rejected"], ["rename_column('Prompt', 'prompt')"]),
     "half tokenized": (["prompt_ids", "chosen_ids"], ["no column 'rejected_ids'"]),
-    "nothing": (["a"], ["no column 'chosen' and no column 'rejected'", "prompt_ids"]),
+    "half ranked": (["prompt", "completions", "score"], ["no column 'scores'", "rename_column('score', 'scores')"]),
+    "half of each": (["prompt", "chosen", "scores"], ["no column 'rejected'", "'completions' and 'scores'"]),
+    "nothing": (["a"], ["no column 'chosen' and no column 'rejected'", "prompt_ids", "--columns prompt=question"]),
 }
 
 

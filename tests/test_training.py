@@ -388,7 +388,7 @@ BUILTIN = [name for name in LOSSES if LOSSES[name].builtin]
 def test_every_promised_loss_is_registered():
     promised = (
         "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
-        "sigmoid_norm simpo orpo cpo dpop cal_dpo chi_po"
+        "sigmoid_norm simpo orpo cpo dpop cal_dpo chi_po odpo"
     )
     assert set(promised.split()) <= set(BUILTIN)
     assert LOSSES.resolve("aot_pair") == "aot_unpaired"
@@ -398,7 +398,8 @@ def test_every_promised_loss_is_registered():
 def test_every_loss_trains(name, tmp_path):
     """It lowers itself on the rows that it was just trained on, and every weight has moved."""
     start = tiny.weights(tiny.llama())
-    how: dict[str, Any] = {"train": tiny.dataset(4), "max_steps": 3, "learning_rate": 0.01, **NEEDS.get(name, {})}
+    rows = tiny.dataset(4).add_column("margin", [0.5, 1.0, 2.0, 3.0])  # which `odpo` needs
+    how: dict[str, Any] = {"train": rows, "max_steps": 3, "learning_rate": 0.01, **NEEDS.get(name, {})}
     trainer = tiny.trained(tmp_path, loss_type=name, **how)
     losses = tiny.losses(trainer)
     assert len(losses) == 3
@@ -420,6 +421,39 @@ def test_rpo_alpha_by_hand(tmp_path):
     trainer = tiny.trained(tmp_path, rpo_alpha=0.5, max_steps=1)
     (line,) = tiny.log_lines(trainer)
     assert line["loss"] == pytest.approx(LN2 + 0.5 * line["nll_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("offset", "alpha"), [("log", 1.0), ("log", 0.5), ("linear", 0.5)])
+def test_odpo_by_hand(offset, alpha, tmp_path):
+    """Before anything is learned D is 0: the first step's loss is the mean of log(1 + e^offset) over the margins."""
+    margins = [0.5, 1.0, 2.0, 3.0]
+    trainer = tiny.trained(
+        tmp_path,
+        train=tiny.dataset(4).add_column("margin", margins),
+        loss_type="odpo",
+        odpo_alpha=alpha,
+        odpo_offset=offset,
+        max_steps=2,
+    )
+    offsets = [alpha * (math.log(m) if offset == "log" else m) for m in margins]
+    first, second = tiny.losses(trainer)
+    assert first == pytest.approx(sum(math.log1p(math.exp(o)) for o in offsets) / 4, abs=2e-6)
+    assert second < first
+
+
+def test_odpo_stops_at_a_margin_without_a_logarithm(tmp_path):
+    """One that passed all checks, from a collator of the user's own, is named before the weights are touched."""
+    ours = DataCollatorForPreference(tiny.PAD)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = ours(rows)
+        return inputs | {"margin": inputs["margin"].where(inputs["example_ids"] != 2, 0.0)}
+
+    rows = tiny.dataset(4).add_column("margin", [0.5, 1.0, 2.0, 3.0])
+    trainer = tiny.trainer(tmp_path, train=rows, loss_type="odpo", parts={"data_collator": collate})
+    with pytest.raises(FloatingPointError, match=r"optimizer step 1 is not finite \(example_ids \[2\]\)"):
+        trainer.train()
+    tiny.assert_same_weights(tiny.weights(trainer.model), tiny.weights(tiny.llama()))
 
 
 @pytest.mark.parametrize(

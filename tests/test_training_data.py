@@ -66,8 +66,14 @@ def test_a_margin_reaches_the_loss(tmp_path):
     trainer = tiny.trained(tmp_path, train=Dataset.from_list(rows), **how)
     assert tiny.losses(trainer)[0] == pytest.approx((LN2 + math.log(1 + math.exp(0.5))) / 2, abs=1e-5)
     rows[2]["margin"] = None
-    with pytest.raises(ValueError, match=r"Row 2 of train has no margin.*'margin'"):
+    with pytest.raises(ValueError, match=r"Row 2 of train: .*margin"):
         tiny.trainer(tmp_path, train=Dataset.from_list(rows), **how)
+    rows[2]["margin"] = 0.0
+    with pytest.raises(ValueError, match=r"Row 0 of train: .*margin.*--odpo_offset linear"):
+        tiny.trainer(tmp_path, train=Dataset.from_list(rows), loss_type="odpo")
+    stream = tiny.trainer(tmp_path, train=Dataset.from_list(rows).to_iterable_dataset(), loss_type="odpo")
+    with pytest.raises(ValueError, match=r"Row 0 of train: .*margin.*--odpo_offset linear"):
+        list(stream.train_dataset)
 
 
 def test_a_list_of_datasets_is_one_mixture(tmp_path, caplog):

@@ -13,6 +13,21 @@ CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+MARKED = CHAT.replace(
+    "{{ m.content }}<eos>",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<eos>{% endgeneration %}"
+    "{% else %}{{ m.content }}<eos>{% endif %}",
+)
+"""The same text, and what the assistant says is marked as such."""
+
+FORGETFUL = "{% if not loop.last and m.role == 'assistant' %}{{ m.content.split('/')[-1] }}{% else %}{{ m.content }}{% endif %}"
+"""In place of a content: of an assistant's turn, what stands before a slash is left out once another turn follows."""
+
+WITH_CALLS = "{{ tools | tojson if tools else '' }}" + CHAT.replace(
+    "{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+)
+PLAIN_LINES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+"""No special token anywhere: turns end where a line does, and ": " joins with the text behind it."""
 
 
 def byte_bpe(*, adds: str = "$A", chat_template: str | None = None, **special: str | None) -> PreTrainedTokenizerFast:

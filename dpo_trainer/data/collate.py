@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
     """Lists for tensors and arrays, which a dataset gives under `set_format`."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    if isinstance(value, list | tuple) and any(hasattr(item, "tolist") for item in value):
+    if isinstance(value, list | tuple) and value and hasattr(value[0], "tolist"):
         return [_plain(item) for item in value]
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,39 @@ def encode(
     ids = _encode(tokenizer, unique, add_special_tokens, control_as_text or tokenizer.split_special_tokens)
     of = dict(zip(unique, ids, strict=True))
     return [of[text] for text in texts]
+
+
+def encode_from_one_head(
+    tokenizer: Any, rows: Sequence[Sequence[str]], *, add_special_tokens: bool, control_as_text: bool
+) -> list[list[list[int]]]:
+    """Token ids of the texts of each row, which begin alike: what they share up to a hard edge is tokenized once.
+
+    An added token is a hard edge: the tokenizer takes it out of the text before anything else, and what stands before it
+    and after it never meet. So a conversation's earlier turns are not tokenized again with each of its answers.
+    """
+    edge = None if add_special_tokens or control_as_text else _hard_edges(tokenizer)
+    cuts = [_last_common_edge(texts, edge) if edge else 0 for texts in rows]
+    pieces = [[text[cut:] for text in texts] for texts, cut in zip(rows, cuts, strict=True)]
+    heads = [texts[0][:cut] for texts, cut in zip(rows, cuts, strict=True) if cut]
+    how = {"add_special_tokens": add_special_tokens, "control_as_text": control_as_text}
+    ids = encode(tokenizer, [*heads, *(piece for of_row in pieces for piece in of_row)], **how)
+    of_heads, of_pieces = iter(ids[: len(heads)]), iter(ids[len(heads) :])
+    head_ids = [next(of_heads) if cut else [] for cut in cuts]
+    return [[head + next(of_pieces) for _ in of_row] for head, of_row in zip(head_ids, pieces, strict=True)]
+
+
+def _hard_edges(tokenizer: Any) -> re.Pattern[str] | None:
+    """Matches every added token, where none of them looks at the text before it or at what a word is."""
+    added = list(tokenizer.added_tokens_decoder.values()) if _is_plain_backend(tokenizer) else []
+    if not added or any(token.lstrip or token.single_word or token.normalized for token in added):
+        return None
+    return re.compile("|".join(re.escape(token.content) for token in sorted(added, key=lambda t: -len(t.content))))
+
+
+def _last_common_edge(texts: Sequence[str], edge: re.Pattern[str]) -> int:
+    """Where the last added token of the first text begins, if all texts are the same up to there; else 0."""
+    cut = max((match.start() for match in edge.finditer(texts[0])), default=0)
+    return cut if all(text.startswith(texts[0][:cut]) for text in texts[1:]) else 0
 
 
 def _encode(tokenizer: Any, texts: list[str], add_special_tokens: bool, control_as_text: bool) -> list[list[int]]:

@@ -16,7 +16,7 @@ from .columns import check_columns, is_tokenized, unread_columns
 from .encode import text_tokenizer
 from .mapping import BATCH, FEATURES, NOTES, PairMapper, content_id
 from .options import DataOptions
-from .ranking import check_margins
+from .ranking import UnusableMargin, check_margins
 from .report import DataReport, Flag, RowFacts
 from .stream import prepare_stream
 from .truncate import PairIds
@@ -33,7 +33,7 @@ def prepare_dataset(
     options: DataOptions | None = None,
     *,
     name: str = "train",
-    requires_margin: bool = False,
+    unusable_margin: UnusableMargin | None = None,
     first_id: int = 0,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Rows of any form (schema.py) -> the columns of `mapping.FEATURES`.
@@ -44,7 +44,7 @@ def prepare_dataset(
     already keep their `example_id` and need no tokenizer (None); preparing the result again changes nothing.
 
     Useless rows (report.DROPPED) are dropped and counted, or refused. Results are cached by the dataset's fingerprint,
-    the tokenizer's content and the options. `requires_margin` refuses rows without a margin.
+    the tokenizer's content and the options. `unusable_margin` is asked about the margin of every row that is kept.
     """
     options = options or DataOptions()
     name = _labelled(name, dataset)
@@ -60,9 +60,9 @@ def prepare_dataset(
     )
     if isinstance(dataset, Dataset):
         _check_table(dataset, name)
-        return _prepare_table(dataset, mapper, options, requires_margin)
+        return _prepare_table(dataset, mapper, options, unusable_margin)
     if isinstance(dataset, IterableDataset):
-        return prepare_stream(dataset, mapper, options, requires_margin)
+        return prepare_stream(dataset, mapper, options, unusable_margin)
     raise ValueError(
         f"{name} is a {type(dataset).__name__}, not a datasets.Dataset or IterableDataset. {_way_out(dataset)}"
     )
@@ -74,7 +74,7 @@ def prepare_mixture(
     options: DataOptions | None = None,
     *,
     name: str = "train",
-    requires_margin: bool = False,
+    unusable_margin: UnusableMargin | None = None,
 ) -> tuple[Dataset | IterableDataset, dict[str, DataReport]]:
     """Several datasets as one, each prepared on its own: one after another, or for streams row by row in turn until all
     have ended. Ids count on from one table to the next. Reports by name: `name`, or "`name` 0", "`name` 1" ... of several.
@@ -87,7 +87,7 @@ def prepare_mixture(
     prepared, reports, first_id = [], {}, 0
     for own, part in zip(names, parts, strict=True):
         rows, reports[own] = prepare_dataset(
-            part, tokenizer, options, name=own, requires_margin=requires_margin, first_id=first_id
+            part, tokenizer, options, name=own, unusable_margin=unusable_margin, first_id=first_id
         )
         first_id += len(part) if isinstance(part, Dataset) else 0
         prepared.append(rows)
@@ -131,7 +131,7 @@ def _check_table(dataset: Dataset, name: str) -> None:
 
 
 def _prepare_table(
-    dataset: Dataset, mapper: PairMapper, options: DataOptions, requires_margin: bool
+    dataset: Dataset, mapper: PairMapper, options: DataOptions, unusable_margin: UnusableMargin | None
 ) -> tuple[Dataset, DataReport]:
     plain = dataset.with_format(None)
     with _progress_bars(not options.disable_tqdm):
@@ -154,8 +154,8 @@ def _prepare_table(
     keep = report.add(facts, numbers)
     report.refuse_unwanted(useless_pairs=options.useless_pairs, too_long=options.too_long)
     report.refuse_empty()
-    if requires_margin:
-        check_margins(pc.list_value_length(mapped.data["margin"]).to_numpy(), keep, numbers, mapper.name)
+    if unusable_margin is not None:
+        check_margins(mapped["margin"], keep, numbers, mapper.name, unusable_margin)
     if report.dropped:
         mapped = mapped.select(np.flatnonzero(keep))
     return mapped.remove_columns(list(NOTES)), report

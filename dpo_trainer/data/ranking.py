@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..batch import Preferred
 from .errors import bad
+
+UnusableMargin: TypeAlias = "Callable[[float | None], str | None]"
+"""What a loss says against a margin: why it cannot read it and the way out, or None."""
 
 
 def against_each(row: Mapping[str, Any], count: int, where: str) -> tuple[Preferred, ...]:
@@ -43,14 +46,14 @@ def ranked(row: Mapping[str, Any], where: str) -> tuple[list[int], tuple[Preferr
     )
 
 
-def check_margins(counts: np.ndarray, keep: np.ndarray, numbers: np.ndarray, name: str) -> None:
-    """Refuse rows that are used and have no margin (`counts` of them per row), for losses that read it."""
-    missing = keep & (counts == 0)
-    if missing.any():
-        raise ValueError(
-            f"Row {numbers[missing.argmax()]} of {name} has no margin, and a loss of --loss_type reads it. Give a column "
-            "'margin' (by how much chosen is better), or 'completions' with 'scores', or choose another loss."
-        )
+def check_margins(
+    margins: Iterable[Sequence[float | None]], keep: np.ndarray, numbers: np.ndarray, name: str, unusable: UnusableMargin
+) -> None:
+    """Refuse the first row that is used and has a margin that the loss cannot read, or none (an empty list)."""
+    for of_row, used, number in zip(margins, keep, numbers, strict=True):
+        for margin in of_row or [None] if used else ():
+            if why := unusable(margin):
+                raise ValueError(f"Row {number} of {name}: {why}")
 
 
 def is_number(value: Any) -> bool:

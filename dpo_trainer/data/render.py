@@ -30,7 +30,7 @@ class Rendered(NamedTuple):
     control_text: bool = False  # a string of the row has the text of a control token in it
 
     @property
-    def all(self) -> list[str | list[int]]:
+    def all(self) -> list:
         return [self.prompt, *self.completions, *(edge for edges in self.edges for edge in edges)]
 
 

@@ -13,7 +13,7 @@ from datasets import IterableDataset
 from .columns import check_columns
 from .mapping import BATCH, FEATURES, NOTES, PairMapper, facts_of
 from .options import DataOptions
-from .ranking import check_margins
+from .ranking import UnusableMargin, check_margins
 from .report import DataReport
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ PATIENCE = 1000
 
 
 def prepare_stream(
-    dataset: IterableDataset, mapper: PairMapper, options: DataOptions, requires_margin: bool
+    dataset: IterableDataset, mapper: PairMapper, options: DataOptions, unusable_margin: UnusableMargin | None
 ) -> tuple[IterableDataset, DataReport]:
     """Nothing is read yet: the report fills as rows flow. Rows go through one to one, then the gate drops."""
     columns = dataset.column_names  # None where a stream does not know them before it is read
@@ -45,7 +45,7 @@ def prepare_stream(
         mapper, batched=True, batch_size=BATCH, with_indices=True, remove_columns=columns
     )
     stream = stream.filter(
-        StreamGate(report=report, options=options, requires_margin=requires_margin),
+        StreamGate(report=report, options=options, unusable_margin=unusable_margin),
         input_columns=GATE_COLUMNS,
         with_indices=True,
         batched=True,
@@ -63,7 +63,7 @@ class StreamGate:
 
     report: DataReport
     options: DataOptions
-    requires_margin: bool
+    unusable_margin: UnusableMargin | None
 
     def __deepcopy__(self, memo: dict) -> StreamGate:
         """`interleave_datasets` copies its streams; their counts still belong into this report."""
@@ -77,8 +77,8 @@ class StreamGate:
         keep = self.report.add(facts_of(batch), numbers)
         if self.report.dropped > before:
             self._refuse_or_warn(before)
-        if self.requires_margin:
-            check_margins(np.asarray([len(margin) for margin in batch["margin"]]), keep, numbers, self.report.name)
+        if self.unusable_margin is not None:
+            check_margins(batch["margin"], keep, numbers, self.report.name, self.unusable_margin)
         return keep.tolist()
 
     def _refuse_or_warn(self, before: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..batch import ONE_PAIR, Pair, Stretch
-from .encode import encode
+from .encode import encode_from_one_head
 from .implicit import shared_length
 from .messages import is_blank
 from .render import Rendered, control_tokens, render
@@ -43,18 +43,16 @@ def tokenize_pairs(
 
 def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: bool) -> list[list]:
     """Token ids of all texts of each row, in the order of `Rendered.all`."""
-    texts = [text for row in rows for text in row.all if isinstance(text, str)]
-    if not texts:
-        return [row.all for row in rows]
+    texts = [row.all for row in rows if isinstance(row.prompt, str)]
     try:
-        ids = iter(encode(tokenizer, texts, **how))
+        ids = iter(encode_from_one_head(tokenizer, texts, **how) if texts else ())
     except Exception as error:  # such as an unknown word without an UNK token, or half of a surrogate pair
         if len(rows) == 1:
             raise ValueError(
                 f"{where[0]}: the tokenizer refuses this text: {error}. Mend the text, or leave it out."
             ) from error
         return [_encode_rows(tokenizer, [row], [name], **how)[0] for row, name in zip(rows, where, strict=True)]
-    return [[next(ids) if isinstance(text, str) else text for text in row.all] for row in rows]
+    return [next(ids) if isinstance(row.prompt, str) else row.all for row in rows]
 
 
 def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tokenizer: Any) -> PairIds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,25 @@ from .truncate import PairIds
 
 def ids_from_row(row: Mapping[str, Any], where: str) -> PairIds:
     prompt, *completions = (_token_ids(row[column], where, column) for column in TOKENIZED)
-    more = row.get("more_ids") or ()
+    more = _list_of(row, "more_ids", where)
     completions += [_token_ids(ids, where, f"more_ids[{number}]") for number, ids in enumerate(more)]
-    unscored = _stretches(row.get("unscored") or (), completions, where)
-    ids = PairIds(prompt, completions, _pairs(row, len(completions), where), unscored)
+    pairs, unscored = _pairs(row, len(completions), where), _stretches(row, completions, where)
+    ids = PairIds(prompt, completions, pairs, unscored)
     if not all(map(ids.scored, range(len(completions)))):
         raise bad(where, "unscored", "leaves a completion without a scored token", "Leave such rows out")
     return ids
+
+
+def _list_of(row: Mapping[str, Any], column: str, where: str) -> list | tuple:
+    """An optional list."""
+    value = row.get(column)
+    if value is not None and not isinstance(value, list | tuple):
+        raise bad(where, column, f"is {value!r:.40}", "Give a list, or leave it out")
+    return value or ()
+
+
+def _integers(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(type(number) is int for number in value)
 
 
 def example_id_from_row(row: Mapping[str, Any], where: str) -> int | None:
@@ -48,28 +61,34 @@ def _token_ids(value: Any, where: str, column: str) -> list[int]:
 
 
 def _pairs(row: Mapping[str, Any], count: int, where: str) -> tuple[Preferred, ...]:
-    numbers = [tuple(pair) for pair in row.get("pairs") or [pair[:2] for pair in ONE_PAIR]]
-    margins = row.get("margin")
-    if margins is None or (isinstance(margins, list | tuple) and not margins):
-        margins = [None] * len(numbers)
-    elif not isinstance(margins, list | tuple):
-        margins = [margins] * len(numbers)
-    if len(margins) != len(numbers) or not all(margin is None or is_number(margin) for margin in margins):
-        raise bad(where, "margin", f"is {row['margin']!r} for {len(numbers)} pairs", "Give one finite number per pair")
+    numbers = _list_of(row, "pairs", where)
+    if row.get("pairs") is not None and not numbers:
+        raise bad(where, "pairs", "is an empty list", "Give at least one pair, or leave the row out")
+    numbers = numbers or [(pair.chosen, pair.rejected) for pair in ONE_PAIR]
     for pair in numbers:
-        if (
-            len(pair) != 2
-            or not all(type(number) is int and 0 <= number < count for number in pair)
-            or pair[0] == pair[1]
-        ):
-            raise bad(where, "pairs", f"holds {pair!r} for {count} completions", "Give two numbers, chosen first")
+        if not _integers(pair, 2) or not all(0 <= number < count for number in pair) or pair[0] == pair[1]:
+            raise bad(where, "pairs", f"holds {pair!r:.40} for {count} completions", "Give two numbers, chosen first")
+    margins = _margins(row.get("margin"), len(numbers), where)
     return tuple(Preferred(pair[0], pair[1], margin) for pair, margin in zip(numbers, margins, strict=True))
 
 
-def _stretches(value: Any, completions: list[list[int]], where: str) -> tuple[Stretch, ...]:
+def _margins(value: Any, count: int, where: str) -> list[float | None]:
+    margins = list(value) if isinstance(value, list | tuple) else [value] * count
+    margins = margins or [None] * count
+    if len(margins) != count or not all(margin is None or is_number(margin) for margin in margins):
+        raise bad(where, "margin", f"is {value!r} for {count} pairs", "Give one finite number per pair")
+    return margins
+
+
+def _stretches(row: Mapping[str, Any], completions: list[list[int]], where: str) -> tuple[Stretch, ...]:
+    """In order, none into another: each completion's are checked against the end of the one before."""
+    value = _list_of(row, "unscored", where)
     for stretch in value:
-        number, start, end = stretch if len(stretch) == 3 else (-1, 0, 0)
-        if not 0 <= number < len(completions) or not 0 <= start < end <= len(completions[number]):
-            remedy = "Give (number of the completion, start, end)"
-            raise bad(where, "unscored", f"holds {stretch!r}", remedy)
-    return tuple((number, start, end) for number, start, end in value)
+        known = _integers(stretch, 3) and 0 <= stretch[0] < len(completions)
+        if not known or not 0 <= stretch[1] < stretch[2] <= len(completions[stretch[0]]):
+            raise bad(where, "unscored", f"holds {stretch!r:.40}", "Give (number of the completion, start, end)")
+    stretches = tuple((number, start, end) for number, start, end in sorted(value))
+    for (number, _, end), (following, start, _) in pairwise(stretches):
+        if number == following and start < end:
+            raise bad(where, "unscored", f"has stretches of completion {number} that overlap", "Join them")
+    return stretches

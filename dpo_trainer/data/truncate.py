@@ -23,9 +23,7 @@ class PairIds(NamedTuple):
 
     prompt: list[int]
     completions: list[list[int]]  # at least two
-    pairs: Sequence[Preferred] = (
-        ONE_PAIR  # never empty: a row without a useful pair keeps its first, and says why in flags
-    )
+    pairs: tuple[Preferred, ...] = ONE_PAIR  # never empty: without a useful pair the first stays, and flags say why
     unscored: tuple[Stretch, ...] = ()
     flags: int = 0
     left_out: int = 0  # pairs of a ranked row that are not used: ties, useless ones, those beyond a limit

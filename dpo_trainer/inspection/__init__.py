@@ -7,7 +7,8 @@ findings.py    what to know, in sentences                  chapters.py  the tabl
 """
 
 from .arguments import InspectionArguments, parse
+from .findings import findings
 from .result import Inspection
-from .run import inspect, run
+from .run import inspect, run, write
 
-__all__ = ["Inspection", "InspectionArguments", "inspect", "parse", "run"]
+__all__ = ["Inspection", "InspectionArguments", "findings", "inspect", "parse", "run", "write"]

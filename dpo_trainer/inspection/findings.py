@@ -157,8 +157,8 @@ def _bias(found: Inspection) -> Iterator[Finding]:
         number = max(bias.chosen_longer, bias.rejected_longer)
         yield Finding(
             NOTICE,
-            f"The chosen answer is the {longer} one in {share(number, bias.pairs)} of the pairs, by {abs(bias.mean_difference):,.0f} "
-            f"tokens on average (rank correlation of length and preference {bias.rank_correlation:+.2f}): a model can learn length "
+            f"The chosen answer is the {longer} one in {share(number, bias.pairs)} of the pairs, by {count(round(abs(bias.mean_difference)), 'token')} "
+            f"on average (rank correlation of length and preference {bias.rank_correlation:+.2f}): a model can learn length "
             "instead of quality.",
         )
 

@@ -60,7 +60,7 @@ class RowReader:
         found: dict[int, Row | BadRow] = {}
         texts: list[_Text] = []
         for number, where, row in batch:
-            form = "unknown"
+            form = "of no known form"
             try:
                 form = form_of(row, where)
                 weight_from_row(row, where)

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
+
 from ..cli import ModelArguments, ScriptArguments
 from ..config import DPOConfig
 from ..data.encode import eos_token_id, text_tokenizer
@@ -20,7 +22,7 @@ from .estimate import optimizer_steps
 from .facts import columns_of, sizes_of
 from .measure import batch_tokens, difference_histogram, histogram, length_bias, lengths
 from .page import write_page
-from .parts import Part, load_parts, read_parts, size_of
+from .parts import Part, in_order, load_parts, read_parts, size_of
 from .plan import layout_of, memory_of, model_shape
 from .result import Inspection
 from .rows import RowReader
@@ -54,14 +56,25 @@ def write(found: Inspection, folder: Path) -> Path:
 
 
 def inspect(
-    parts: Sequence[Part],
+    data: Dataset | IterableDataset | Sequence[Part],
     tokenizer: Any,
     config: DPOConfig,
-    model: ModelArguments,
-    arguments: InspectionArguments,
+    model: ModelArguments | str,
+    arguments: InspectionArguments | None = None,
 ) -> Inspection:
-    """Everything that can be known before training: from rows, tokenizer, the model's config and the options."""
+    """Everything that can be known before training, printing and writing nothing.
+
+    Args:
+        data: a dataset of rows in any form, or the parts of a mixture (`parts.in_order`).
+        tokenizer: the one to train with.
+        config: the options of the run: limits, batch size, losses, precision.
+        model: where its config.json lies, or all arguments of the model (adapter, quantisation).
+        arguments: `show` and `max_rows`.
+    """
     started = time.perf_counter()
+    parts = in_order(["train"], [data]) if isinstance(data, Dataset | IterableDataset) else data
+    model = ModelArguments(model_name_or_path=model) if isinstance(model, str) else model
+    arguments = arguments or InspectionArguments()
     options = DataOptions.from_config(config)
     tokenizer = text_tokenizer(tokenizer)
     reader = RowReader(

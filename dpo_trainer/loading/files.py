@@ -48,16 +48,29 @@ def splits_of_file(path: Path, *, streaming: bool, numbers: Sequence[str]) -> Ma
     return _read(reader, {"train": [str(path.resolve())]}, streaming, numbers)
 
 
-def splits_of_folder(folder: Path, *, streaming: bool, numbers: Sequence[str]) -> Mapping[str, AnyDataset]:
-    """`datasets` finds the split of a file from its name."""
+def splits_of_folder(
+    folder: Path, *, config: str | None, streaming: bool, numbers: Sequence[str]
+) -> Mapping[str, AnyDataset]:
+    """`datasets` finds the split of a file from its name, or from the README of a dataset that the hub knows."""
     try:
-        builder = load_dataset_builder(str(folder.resolve()))  # absolute: a folder named "csv" is not the reader "csv"
+        # Absolute: a folder named "csv" is not the reader "csv".
+        builder = load_dataset_builder(str(folder.resolve()), config)
     except EmptyDatasetError as error:
         raise ValueError(f"The folder {str(folder)!r} has no dataset in it ({listing(folder)}).") from error
-    except Exception as error:  # a README that is no YAML, a folder that may not be read ...
-        raise ValueError(f"The folder {str(folder)!r} cannot be read as a dataset: {error}") from error
+    except Exception as error:  # a README that is no YAML, one with several configurations, a folder without files ...
+        reason = str(error).partition("\nExample of usage")[0]
+        raise ValueError(
+            f"The folder {str(folder)!r} cannot be read as a dataset: {reason} Give one of its files, or where its README "
+            "names configurations, one of them as --dataset_config."
+        ) from error
+    if builder.name not in (*READERS.values(), "arrow"):
+        raise ValueError(
+            f"The folder {str(folder)!r} holds no rows ({listing(folder)}). They must be in files that end in one of "
+            f"{', '.join(READERS)}."
+        )
     files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
-    _say_what_is_not_read(folder, files)
+    if config is None:
+        _say_what_is_not_read(folder, files)
     return _read(builder.name, files, streaming, numbers)
 
 

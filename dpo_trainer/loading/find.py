@@ -32,30 +32,32 @@ def load_splits(
 
 
 def _find_splits(name: str, config: str | None, streaming: bool, numbers: Sequence[str]) -> Mapping[str, AnyDataset]:
-    path = Path(name).expanduser()
     try:
-        is_here, is_folder, is_file = path.exists(), path.is_dir(), path.is_file()
+        path = Path(name).expanduser()
+        is_here, is_folder, is_file, is_link = path.exists(), path.is_dir(), path.is_file(), path.is_symlink()
         is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() and not is_here else []
-    except OSError as error:
-        raise ValueError(f"{name!r} cannot be read ({error.strerror}). Check that you may read it.") from error
-    if is_here and config is not None:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user whom nobody knows
+        raise ValueError(f"{name!r} cannot be read: {str(error).rstrip('.')}. Check the path, and that you may read it.") from error
+    if config is not None and (is_file or is_saved):
         raise ValueError(
             f"--dataset_config {config!r} is for datasets of the hub, and {name!r} is here: leave it out."
         )
+    if not name.strip():
+        raise ValueError("The name of the dataset is empty. Give a file, a folder, or a dataset of the hub.")
     if is_saved:
         return _saved_splits(path, streaming)
     if is_folder:
-        return splits_of_folder(path, streaming=streaming, numbers=numbers)
+        return splits_of_folder(path, config=config, streaming=streaming, numbers=numbers)
     if is_file:
         return splits_of_file(path, streaming=streaming, numbers=numbers)
     if is_here:
         raise ValueError(f"{name!r} is neither a file nor a folder: save the rows to a file first.")
-    if path.is_symlink():
+    if is_link:
         raise ValueError(
             f"{name!r} is a symbolic link that leads nowhere, or in a circle. Give what it should lead to."
         )
-    if reader_of(path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    if reader_of(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no dataset file or folder {name!r}.{did_you_mean(path.name, siblings)}")
     return _hub_splits(name, config, streaming)
 

@@ -20,6 +20,7 @@ def chosen_nll(policy: PairLogps, *, normalization: str, weight: Tensor | None =
     `sequence`: each completion's own mean per token. `token`: the mean over all chosen tokens of the micro-batch. Pair
     i then gets -log p(y_i) divided by the mean length, so that the (weighted) mean over pairs is the token mean;
     this couples the micro-batch, and splitting it otherwise changes the loss.
+    Either way it is a mean over pairs: a completion that is chosen in several counts in each of them.
     """
     if normalization == "sequence":
         return -policy.mean_chosen()

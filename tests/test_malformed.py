@@ -1,0 +1,112 @@
+"""Odd inputs, each from a file on disk to token ids: an error that names file, row and remedy, or a documented behaviour.
+
+None is a stack trace of a library below, none a silent skip. The cases are in malformed/, one table per kind of oddness.
+"""
+
+from __future__ import annotations
+
+import re
+
+import datasets
+import pytest
+from malformed.case import STREAM, Case, Prepared
+from malformed.conversations import MESSAGES, OPTIONS, ROLES, TEMPLATES
+from malformed.files import CSV, FOLDERS, JSON, OTHER_FILES
+from malformed.rows import COLUMNS, LISTS, NUMBERS, STRINGS, TOKEN_IDS
+from malformed.texts import CHARACTERS, CONTROL, DEEP, LARGE, SPLITS
+
+from dpo_trainer.data import DataOptions, prepare_dataset
+from dpo_trainer.loading import load_dataset_splits
+
+TABLES = {
+    "strings": STRINGS,
+    "lists": LISTS,
+    "numbers": NUMBERS,
+    "ids": TOKEN_IDS,
+    "columns": COLUMNS,
+    "roles": ROLES,
+    "messages": MESSAGES,
+    "options": OPTIONS,
+    "templates": TEMPLATES,
+    "characters": CHARACTERS,
+    "control": CONTROL,
+    "splits": SPLITS,
+    "deep": DEEP,
+    "large": LARGE,
+    "json": JSON,
+    "csv": CSV,
+    "files": OTHER_FILES,
+    "folders": FOLDERS,
+}
+CASES = {f"{kind}: {name}": case for kind, table in TABLES.items() for name, case in table.items()}
+LONGEST = 2000
+"""Characters of an error: a few sentences, and two names of files that pytest makes long."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def both_ways() -> list:
+    marks = {
+        reason: pytest.mark.xfail(strict=True, reason=reason)
+        for case in CASES.values()
+        for reason in case.known.values()
+    }
+    return [
+        pytest.param(case, way, id=f"{name}, {way}", marks=marks.get(case.known.get(way), ()))
+        for name, case in CASES.items()
+        for way in case.ways
+    ]
+
+
+@pytest.mark.parametrize(("case", "way"), both_ways())
+def test_every_odd_input_is_refused_or_handled_as_documented(case: Case, way, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a name without a folder leads
+    name = case.make(tmp_path)
+    if case.check is None:
+        with pytest.raises(Exception) as caught:
+            prepared(case, name, way, caplog)
+        check_refusal(caught.value, case, name)
+    else:
+        out = prepared(case, name, way, caplog)
+        # No silent skip: every row of the file is kept, or dropped for a reason that the report counts.
+        assert out.report.rows == case.rows
+        assert out.report.kept + out.report.dropped == case.rows
+        assert len(out.rows) == out.report.kept
+        case.check(out)
+
+
+def prepared(case: Case, name: str, way: str, caplog) -> Prepared:
+    """What a user's run does with --dataset_name before it trains."""
+    with caplog.at_level("INFO", logger="dpo_trainer"):
+        rows, _ = load_dataset_splits(name, streaming=way == STREAM)
+        ids, report = prepare_dataset(rows, case.tokenizer, DataOptions(disable_tqdm=True, **case.options))
+        return Prepared(rows=list(ids), report=report, log=caplog.text, tokenizer=case.tokenizer)
+
+
+def check_refusal(error: BaseException, case: Case, name: str) -> None:
+    message = str(error)
+    assert type(error) is ValueError, repr(error)[:LONGEST]
+    assert raised_in(error).startswith("dpo_trainer."), f"raised in {raised_in(error)}: {message[:LONGEST]}"
+    assert len(message) < LONGEST, message[:200]
+    assert message.replace("\n", "").isprintable(), ascii(message)  # data must not steer the terminal
+    assert not case.names_file or name in message, message
+    if case.at is not None:
+        assert re.search(rf"\b{case.at}\b", message.replace(name, "")), message
+    for said in case.said:
+        assert re.search(said, message.replace(name, ""), re.DOTALL), f"{said!r} is not in: {message}"
+
+
+def raised_in(error: BaseException) -> str:
+    """The module of the deepest frame."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals["__name__"]
+
+
+def test_the_corpus_is_as_large_as_promised():
+    assert len(CASES) >= 90
+    assert sum(case.check is None for case in CASES.values()) >= 60
