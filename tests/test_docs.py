@@ -15,8 +15,10 @@ import pytest
 from markdown_blocks import ROOT, Block, assert_prints, blocks, commands, enter_checkout, run_python, same_line
 from transformers import TrainingArguments
 
+from dpo_trainer import inspection
 from dpo_trainer.cli import parse_args
 from dpo_trainer.config import DPOConfig
+from dpo_trainer.inspection.arguments import InspectionArguments
 from dpo_trainer.losses import LOSSES
 from dpo_trainer.metrics import METRICS
 
@@ -160,6 +162,8 @@ def test_commands_name_files_and_flags_that_exist(command, checkout):
         registered = dict(LOSSES._items)
         parse_args(words[words.index("scripts/dpo.py") + 1 :])
         LOSSES._items = registered
+    elif words[1:2] == ["scripts/inspect_data.py"]:
+        inspection.parse(words[2:])
     elif words[1:2] == ["docs/generate.py"]:
         assert set(words[2:]) <= {"--check"}
     else:
@@ -206,7 +210,7 @@ def test_options_that_pages_name_exist(page):
 
 
 def generate_kinds() -> list[type]:
-    return [DPOConfig, TrainingArguments, generate.ScriptArguments, generate.ModelArguments]
+    return [DPOConfig, TrainingArguments, generate.ScriptArguments, generate.ModelArguments, InspectionArguments]
 
 
 def test_every_page_is_linked_from_the_readme_and_has_a_title():

@@ -73,6 +73,11 @@ def test_length_bias_by_hand():
     assert got.rank_correlation == pytest.approx(3 / math.sqrt(17 * 13.5))
 
 
+def test_both_completions_of_a_pair_are_equally_far_from_its_mean():
+    """Differences 4 and -3: centred 2, -1.5 (chosen) and -2, 1.5, with the ranks 4, 2 and 1, 3. 2 / sqrt(5 * 4)."""
+    assert length_bias(array(9, 5), array(5, 8)).rank_correlation == pytest.approx(2 / math.sqrt(20))
+
+
 @pytest.mark.parametrize(("sign", "want"), [(1, 1.0), (-1, -1.0)], ids=["longer", "shorter"])
 def test_length_that_decides_everything(sign, want):
     """Always 5 tokens longer: two lengths, two preferences, and one follows from the other."""

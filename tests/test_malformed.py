@@ -9,7 +9,10 @@ import re
 
 import datasets
 import pytest
-from malformed.case import STREAM, Case, Prepared
+
+pytest.register_assert_rewrite("malformed.case")
+
+from malformed.case import STREAM, TEXT, Case, Prepared, lines, tokenizer
 from malformed.conversations import MESSAGES, OPTIONS, ROLES, TEMPLATES
 from malformed.files import CSV, FOLDERS, JSON, OTHER_FILES
 from malformed.rows import COLUMNS, LISTS, NUMBERS, STRINGS, TOKEN_IDS
@@ -105,6 +108,34 @@ def raised_in(error: BaseException) -> str:
     while trace.tb_next is not None:
         trace = trace.tb_next
     return trace.tb_frame.f_globals["__name__"]
+
+
+def test_a_worker_process_says_the_same(tmp_path, caplog):
+    file = lines(TEXT, TEXT, TEXT | {"chosen": 7}, TEXT)(tmp_path)
+    messages = []
+    for processes in (1, 2):
+        rows, _ = load_dataset_splits(file)
+        with pytest.raises(ValueError) as caught:
+            prepare_dataset(rows, tokenizer(), DataOptions(disable_tqdm=True, dataset_num_proc=processes))
+        assert type(caught.value) is ValueError
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert f"Row 2 of train ({file})" in messages[0]
+
+
+def test_rows_that_are_held_out_keep_their_numbers(tmp_path):
+    """Of ten rows four are drawn for evaluation; wherever the bad one goes, it is row 7 of its file."""
+    file = lines(*[TEXT] * 7, TEXT | {"chosen": 7}, *[TEXT] * 2)(tmp_path)
+    refusals = []
+    for seed in range(4):
+        for part in load_dataset_splits(file, test_split_size=4, seed=seed):
+            try:
+                prepare_dataset(part, tokenizer(), DataOptions(disable_tqdm=True))
+            except ValueError as error:
+                refusals.append((len(part), str(error)))
+    assert {rows for rows, _ in refusals} == {6, 4}, "choose other seeds: it never went to both sides"
+    assert len(refusals) == 4
+    assert all(f"Row 7 of train ({file})" in message for _, message in refusals)
 
 
 def test_the_corpus_is_as_large_as_promised():

@@ -29,19 +29,22 @@ def shown_commands():
 def test_example_then_command_line(checkout):
     ran = run_python(README, checkout)
     assert len(ran) == 1
-    (example, printed), (block,) = ran[0], shown_commands()
+    example, printed = ran[0]
     assert len(example.text.splitlines()) <= 24, "the README promises about 20 lines"
     assert_prints(example, printed)
 
-    # The README's command, word by word, with this interpreter, on what the example has saved.
-    (command,) = commands(block)
-    words = shlex.split(command)
-    assert words[:2] == ["python", "scripts/dpo.py"]
-    done = subprocess.run(
-        [sys.executable, *words[1:]], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert_prints(block, done.stdout)
+    # The README's commands, word by word, with this interpreter, on what the example has saved.
+    shown = shown_commands()
+    assert [shlex.split(commands(block)[0])[1] for block in shown] == ["scripts/inspect_data.py", "scripts/dpo.py"]
+    for block in shown:
+        (command,) = commands(block)
+        python, *words = shlex.split(command)
+        assert python == "python"
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *words], env=one_thread, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert_prints(block, done.stdout)
+    assert (checkout / "out" / "look" / "index.html").is_file()
     assert (checkout / "out" / "second" / "model.safetensors").is_file()
 
 

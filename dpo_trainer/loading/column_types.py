@@ -3,7 +3,7 @@
 Arrow wants one type per column and fills up what does not fit: a key that one object lacks becomes None, and objects get
 each other's order of keys, which a chat template would show. So a column has a plain type only where all of its values
 have one shape; a prompt that is a string here and a list there, or tools with parameters of their own, are held as JSON
-text and read back when the row is.
+text and read back when the row is (numbers in it to about 15 digits).
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ def column_type(values: Sequence[Any], depth: int = 0) -> pa.DataType:
 
 
 def _number_type(values: list[Any], kinds: set[type]) -> pa.DataType:
-    if kinds == {float}:
-        return pa.float64()
+    integers = [value for value in values if type(value) is int] if float in kinds else values
     limit = EXACT if float in kinds else 2**63 - 1
-    if any(abs(value) > limit for value in values if type(value) is int):
+    if int in kinds and (max(integers) > limit or min(integers) < -limit):
         return JSON
     return pa.float64() if float in kinds else pa.int64()
 
@@ -82,8 +81,23 @@ def _names(struct: pa.StructType) -> list[str]:
     return [field.name for field in struct]
 
 
+def has_floats(dtype: pa.DataType) -> bool:
+    if pa.types.is_list(dtype):
+        return has_floats(dtype.value_type)
+    return pa.types.is_floating(dtype)
+
+
 def as_array(values: list[Any], dtype: pa.DataType) -> pa.Array:
     """The values as a column of a type that `column_type` and `wider` found for them."""
     if dtype == JSON:
         values = [None if value is None else json.dumps(value) for value in values]
     return pa.array(values, dtype)
+
+
+def holds_nan(value: Any) -> bool:
+    """Whether the type `JSON` would give it back as something else: NaN as None."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(map(holds_nan, value))
+    return value != value

@@ -81,4 +81,6 @@ def _number(cell: str, column: str, where: str) -> float:
     try:
         return float(cell)
     except ValueError:
-        raise ValueError(f"{where}, column {column!r}: a number is needed, got {cell!r:.60}.") from None
+        raise ValueError(
+            f"{where}, column {column!r}: a number is needed, got {cell!r:.60}. Write one, or leave the cell empty."
+        ) from None

@@ -12,13 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_dataset_builder
 from datasets.data_files import EmptyDatasetError
 
 from .csv_rows import csv_columns, read_csv_rows
 from .json_rows import read_json_rows
 from .names import listing
+from .parquet_rows import check_utf8, parquet_schema, read_parquet_rows
 from .tables import no_rows, table_of_rows
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,14 @@ def splits_of_folder(
         # Absolute: a folder named "csv" is not the reader "csv".
         builder = load_dataset_builder(str(folder.resolve()), config)
     except EmptyDatasetError as error:
-        raise ValueError(f"The folder {str(folder)!r} has no dataset in it ({listing(folder)}).") from error
+        raise ValueError(
+            f"The folder {str(folder)!r} has no dataset in it ({listing(folder)}). Put files there that end in one of {', '.join(READERS)}."
+        ) from error
     except Exception as error:  # a README that is no YAML, one with several configurations, a folder without files ...
         reason = str(error).partition("\nExample of usage")[0]
         raise ValueError(
-            f"The folder {str(folder)!r} cannot be read as a dataset: {reason} Give one of its files, or where its README "
-            "names configurations, one of them as --dataset_config."
+            f"The folder {str(folder)!r} cannot be read as a dataset: {reason} Give one of its files; or mend its README, "
+            "and where that names configurations, give one of them as --dataset_config."
         ) from error
     if builder.name not in (*READERS.values(), "arrow"):
         raise ValueError(
@@ -97,14 +100,20 @@ def _read(
         return {split: _csv(paths, streaming, tuple(numbers)) for split, paths in files.items()}
     paths = [path for of_split in files.values() for path in of_split]
     if reader == "parquet":
-        _check_parquet(paths)
+        schema = parquet_schema(paths)
+        if streaming:
+            return {split: _parquet_stream(paths, schema) for split, paths in files.items()}
     try:
-        return load_dataset(reader, data_files=dict(files), streaming=streaming)
+        splits = load_dataset(reader, data_files=dict(files), streaming=streaming)
     except Exception as error:  # whatever the libraries below say to a file of untrusted content
         raise ValueError(
             f"{', '.join(paths)} cannot be read as {reader}: {error.__cause__ or error or 'it has no rows'}. "
-            "It needs at least one row, and the same columns in every file."
+            "It needs at least one row, and the same columns in every file, of plain types: remove or convert others."
         ) from error
+    if not streaming:
+        for split, rows in splits.items():
+            check_utf8(rows.data.table, f"{', '.join(paths)} (split {split!r})")
+    return splits
 
 
 def _json(paths: list[str], streaming: bool) -> AnyDataset:
@@ -143,14 +152,7 @@ def _check_first_row(rows: Iterator[dict[str, Any]], paths: list[str]) -> None:
         raise ValueError(no_rows(paths))
 
 
-def _check_parquet(paths: list[str]) -> None:
-    """The end of every file, where it says what is in it: a stream would else stop at a damaged one in mid-training."""
-    for path in paths:
-        try:
-            rows = pq.read_metadata(path).num_rows
-        except Exception as error:  # not a Parquet file, cut off, not to be read
-            raise ValueError(
-                f"{path} cannot be read as parquet: {error} Download or write it again, and check that you may read it."
-            ) from error
-        if not rows:
-            raise ValueError(f"{path} cannot be read as parquet: it has no rows. Remove it, or write it again.")
+def _parquet_stream(paths: list[str], schema: pa.Schema) -> IterableDataset:
+    return IterableDataset.from_generator(
+        read_parquet_rows, gen_kwargs={"files": paths}, features=Features.from_arrow_schema(schema)
+    )

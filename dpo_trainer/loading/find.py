@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from ..registry import did_you_mean
 from .files import AnyDataset, reader_of, splits_of_file, splits_of_folder
@@ -38,7 +39,9 @@ def _find_splits(name: str, config: str | None, streaming: bool, numbers: Sequen
         is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user whom nobody knows
-        raise ValueError(f"{name!r} cannot be read: {str(error).rstrip('.')}. Check the path, and that you may read it.") from error
+        raise ValueError(
+            f"{name!r} cannot be read: {str(error).rstrip('.')}. Check the path, and that you may read it."
+        ) from error
     if config is not None and (is_file or is_saved):
         raise ValueError(
             f"--dataset_config {config!r} is for datasets of the hub, and {name!r} is here: leave it out."
@@ -74,6 +77,11 @@ def _saved_splits(folder: Path, streaming: bool) -> Mapping[str, AnyDataset]:
 
 
 def _hub_splits(name: str, config: str | None, streaming: bool) -> Mapping[str, AnyDataset]:
+    if name in _PACKAGED_DATASETS_MODULES:  # `datasets` would read whatever lies in the current folder
+        raise ValueError(
+            f"There is no file or folder {name!r}, and on the hub no dataset can have that name: it is one of a reader. Give "
+            "a file, a folder, or a dataset of the hub."
+        )
     try:
         return load_dataset(name, config, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:

@@ -15,6 +15,7 @@ from ..data.columns import READ
 from .text_files import check_text, open_text
 
 Row = dict[str, Any]
+KNOWN = frozenset(READ)
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """Half of a character outside the basic plane, most often one of a good pair."""
@@ -86,20 +87,8 @@ def _object_rows(file: str, text: str) -> Iterator[Row]:
     at = _after_space(text, 0)
     while at < len(text):
         value, end = _next_value(file, text, at, "The file starts with an object over several lines")
-        row = _checked(value, text[at:end], f"{file}, line {_line_of(text, at)}")
-        _refuse_wrapped_rows(file, row)
-        yield row
+        yield _checked(value, text[at:end], f"{file}, line {_line_of(text, at)}")
         at = _after_space(text, end)
-
-
-def _refuse_wrapped_rows(file: str, row: Row) -> None:
-    """`{"data": [rows]}` is no row, but a shell around rows."""
-    shells = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if shells and not set(READ) & set(row):
-        raise ValueError(
-            f"{file} is one object whose {shells[0]!r} holds the rows. Save the rows alone, for example with "
-            f"`jq -c '.[\"{shells[0]}\"][]' file.json > file.jsonl`."
-        )
 
 
 # --- values ---
@@ -148,6 +137,8 @@ def _checked(row: Any, text: str, where: str) -> Row:
             f"{where}: a row must be a JSON object with named columns, got {got}. Write "
             '{"prompt": ..., "chosen": ..., "rejected": ...}.'
         )
+    if KNOWN.isdisjoint(row):
+        _refuse_wrapped_rows(row, where)
     if text.count("[") + text.count("{") > LEVELS and _is_deep(row):
         raise ValueError(
             f"{where}: nested more than {LEVELS} levels deep. Remove what is nested so, or give it as text."
@@ -156,6 +147,16 @@ def _checked(row: Any, text: str, where: str) -> Row:
         for column, value in row.items():
             _refuse_lone_surrogates([column, value], f"{where}, column {_shown(column)}")
     return row
+
+
+def _refuse_wrapped_rows(row: Row, where: str) -> None:
+    """`{"data": [rows]}` is no row, but a shell around rows."""
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not KNOWN.isdisjoint(value[0]):
+            raise ValueError(
+                f"{where}: no row, but one object whose {key!r} holds the rows. Save the rows alone, for example with "
+                f"`jq -c '.[\"{key}\"][]' file.json > file.jsonl`."
+            )
 
 
 def _is_deep(row: Row) -> bool:

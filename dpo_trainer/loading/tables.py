@@ -15,12 +15,16 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
-from .column_types import as_array, column_type, wider
+from ..data.columns import PREPARED, TOKENIZED
+from .column_types import JSON, as_array, column_type, has_floats, holds_nan, wider
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 256
 """Rows in memory at a time: few enough for rows of 2 MB."""
+
+INTEGERS = {*TOKENIZED, *PREPARED}
+"""Columns that hold nothing but integers, if they are right."""
 
 VERSION = 1
 """Part of the cache key: raise it when the same files give other tables."""
@@ -76,6 +80,9 @@ def _types_of_columns(rows: Iterator[dict[str, Any]]) -> dict[str, pa.DataType]:
         for name in dict.fromkeys(name for row in block for name in row):
             found = column_type([row.get(name) for row in block])
             types[name] = wider(types[name], found) if name in types else found
+    for name in INTEGERS & set(types):
+        if has_floats(types[name]):  # one fraction would make fractions of the ids in every row
+            types[name] = JSON
     return types
 
 
@@ -87,8 +94,8 @@ def _write(rows: Iterator[dict[str, Any]], types: dict[str, pa.DataType], path: 
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
             try:
                 with pa.ipc.new_stream(part, schema) as writer:
-                    for block in _blocks(rows):
-                        writer.write_table(_table(block, types, schema, files))
+                    for number, block in enumerate(_blocks(rows)):
+                        writer.write_table(_table(block, number * BLOCK, types, schema, files))
             except BaseException:
                 os.unlink(part.name)
                 raise
@@ -101,12 +108,19 @@ def _write(rows: Iterator[dict[str, Any]], types: dict[str, pa.DataType], path: 
 
 
 def _table(
-    block: list[dict[str, Any]], types: dict[str, pa.DataType], schema: pa.Schema, files: list[str]
+    block: list[dict[str, Any]], first_row: int, types: dict[str, pa.DataType], schema: pa.Schema, files: list[str]
 ) -> pa.Table:
     columns = []
     for name, dtype in types.items():
+        values = [row.get(name) for row in block]
+        for row, value in enumerate(values, start=first_row) if dtype == JSON else ():
+            if holds_nan(value):
+                raise ValueError(
+                    f"Row {row} of {', '.join(files)}, column {name!r}: NaN cannot stand in a column of different types. "
+                    "Give a number, or null."
+                )
         try:
-            columns.append(as_array([row.get(name) for row in block], dtype))
+            columns.append(as_array(values, dtype))
         except pa.ArrowInvalid as error:  # integers above 2**53 in a column of floats
             raise ValueError(
                 f"{', '.join(files)}: the column {name!r} has values that do not go together: {error}. Write them as "

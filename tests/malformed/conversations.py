@@ -104,6 +104,7 @@ ROLES = {
     ),
 }
 
+CALLS = "data/messages.py: passed on unseen, and most templates then write nothing of it"
 ONLY_TEXT = "Only parts of type 'text'"
 
 MESSAGES = {
@@ -152,6 +153,18 @@ MESSAGES = {
         second(SHAREGPT, conversations=[human("x"), {"from": "function_call", "value": "{}"}]),
         "without a name",
         'Give .*"name"',
+    ),
+    "tool_calls a string": refused_row(
+        prompt(user("x"), {"role": "assistant", "tool_calls": "f()"}, user("y")),
+        r"'prompt\[1\]': .*tool_calls",
+        "Give",
+        known=CALLS,
+    ),
+    "tool_calls of numbers": refused_row(
+        prompt(user("x"), {"role": "assistant", "content": "", "tool_calls": [7]}, user("y")),
+        r"'prompt\[1\]': .*tool_calls",
+        "Give",
+        known=CALLS,
     ),
     "mixed spellings": becomes(second(SHAREGPT, chosen=[assistant("x")]), gives(ASKED, ["x", EOS], NO)),
     "role and value": refused_row(
@@ -259,6 +272,8 @@ def with_template(template, wrong, remedy=TEMPLATE, *, make=None, **how):
     return refused(make or lines(TALK), wrong, remedy, at="Row 0", tokenizer=tokenizer(template), **how)
 
 
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+
 TEMPLATES = {
     "none": with_template(None, "no chat template", "Set tokenizer.chat_template"),
     "that raises": with_template(
@@ -289,6 +304,13 @@ TEMPLATES = {
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
         "writes nothing",
         "Use a template that",
+    ),
+    "that writes nothing of a tool call": with_template(
+        CHAT,
+        "'chosen': the chat template writes nothing",
+        "Use a template that writes",
+        make=lines(TALK | {"chosen": [CALL]}),
+        known="data/tokenize.py: EOS alone counts as something",
     ),
     "that writes only the last turn": with_template(
         "{{ messages[-1].content }}",

@@ -52,12 +52,7 @@ STRINGS = {
     "prompt a number": refused_row(second(TEXT, prompt=7), "'prompt': is of type int", A_TEXT),
     "chosen a bool": refused_row(second(TEXT, chosen=True), "'chosen': is of type bool", A_TEXT),
     "rejected a float": refused_row(second(TEXT, rejected=1.5), "'rejected': is of type float", A_TEXT),
-    "chosen NaN": refused_row(
-        second(TEXT, chosen=NAN),
-        "'chosen': is of type float",
-        A_TEXT,
-        known={TABLE: "loading/tables.py: NaN in a column of JSON comes back as None"},
-    ),
+    "chosen NaN": refused_row(second(TEXT, chosen=NAN), "'chosen': (is of type float|NaN)", "Give"),
     "prompt an empty list": refused_row(second(TEXT, prompt=[]), "'prompt': is an empty list", "Give at"),
     "prompt an empty object": refused_row(
         second(TEXT, prompt={}), "'prompt': has no role", "A message needs role and content"
@@ -84,6 +79,8 @@ STRINGS = {
         lines(without(TEXT, "prompt")), gives([BOS], SO, NO, counts={"empty_prompts": 1}), rows=1
     ),
 }
+
+INFINITE = "data/ranking.py: the collator's float32 makes it infinite"
 
 LISTS = {
     "rejected a list": becomes(second(TEXT, rejected=["a", "b"]), gives(WHY, SO, ["a", EOS], ["b", EOS])),
@@ -119,8 +116,10 @@ LISTS = {
         "Give what they share in a column 'prompt'",
         at="Row 0",
     ),
-    "scores NaN": refused_row(second(RANKED, scores=[1, NAN, 3]), "holds nan at 1", "Give finite numbers"),
-    "scores infinite": refused_row(second(RANKED, scores=[1, INF, 3]), "holds inf at 1", "Give finite"),
+    "scores NaN": refused_row(second(RANKED, scores=[1, NAN, 3]), "'scores': (holds nan at 1|NaN)", "Give"),
+    "scores infinite": refused_row(
+        second(RANKED, scores=[1, INF, 3]), "'scores': (holds inf at 1|Infinity)", "Give finite"
+    ),
     "scores None": refused_row(second(RANKED, scores=[None, 2, 3]), "holds None at 0", "Give finite"),
     "scores bool": refused_row(second(RANKED, scores=[True, 2, 3]), "holds True at 0", "Give finite"),
     "scores strings": refused_row(second(RANKED, scores=["1", "2", "3"]), "holds '1' at 0", "Give finite"),
@@ -129,6 +128,9 @@ LISTS = {
     "scores too many": refused_row(second(RANKED, scores=[1, 2, 3, 4]), "4 of them for 3", "Give one"),
     "scores missing in a row": refused_row(
         lines(RANKED, without(RANKED, "scores")), "'scores': is None for 3", "Give one number per"
+    ),
+    "scores beyond float32": refused_row(
+        second(RANKED, scores=[1e308, 0, -1e308]), "'scores'.*1e.308", "Give", known=INFINITE
     ),
     "scores all equal": becomes(second(RANKED, scores=[2, 2, 2]), drops("tied")),
     "scores beside a margin": refused_row(
@@ -177,6 +179,7 @@ NUMBERS = {
     "weight of 2 MB": refused_row(
         second(WEIGHT, weight=LONG), "'weight': is 'xxx", FINITE, known="data/schema.py: an error of 2 MB"
     ),
+    "weight beyond float32": refused_row(second(WEIGHT, weight=1e39), r"'weight': is 1e\+39", FINITE, known=INFINITE),
     "weight None": becomes(second(WEIGHT, weight=None), gives(WHY, SO, NO, weight=1.0)),
     "weight 0": becomes(second(WEIGHT, weight=0), gives(WHY, SO, NO, weight=0.0)),
     "margin NaN": refused_row(second(MARGIN, margin=NAN), "'margin': is nan", FINITE),
@@ -186,12 +189,12 @@ NUMBERS = {
     "margin with a hole": refused(
         lines(MARGIN | {"rejected": ["a", "b"], "margin": [1, None]}), "'margin': is None", FINITE, at="Row 0"
     ),
+    "margin beyond float32": refused_row(second(MARGIN, margin=1e39), r"'margin': is 1e\+39", FINITE, known=INFINITE),
     "margin negative": becomes(second(MARGIN, margin=-1), gives(WHY, SO, NO, margin=[-1.0])),
     "margin None": becomes(second(MARGIN, margin=None), gives(WHY, SO, NO, margin=[])),
 }
 
 AN_ID = "Give at least one token id"
-UNSURE = "data/tokenized.py: TypeError"
 THREE = IDS | {"more_ids": [[5, 6]], "pairs": [[0, 1], [0, 2]], "unscored": [[2, 0, 1]]}
 
 TOKEN_IDS = {
@@ -200,12 +203,7 @@ TOKEN_IDS = {
     "ids a string": refused_row(second(IDS, chosen_ids="12"), "'chosen_ids': is '12'", AN_ID),
     "ids strings": refused_row(second(IDS, chosen_ids=["1"]), r"\['1'\]", AN_ID),
     "ids negative": refused_row(second(IDS, chosen_ids=[5, -1]), r"\[5, -1\]", AN_ID),
-    "ids floats": refused_row(
-        second(IDS, chosen_ids=[1.5]),
-        r"\[1\.5\]",
-        AN_ID,
-        known={TABLE: "loading/column_types.py: one float makes floats of every row's ids, and row 0 is blamed"},
-    ),
+    "ids floats": refused_row(second(IDS, chosen_ids=[1.5]), r"\[1\.5\]", AN_ID),
     "ids beyond int32": refused_row(second(IDS, chosen_ids=[2**31]), "2147483648", AN_ID),
     "ids beyond int64": refused_row(second(IDS, chosen_ids=[2**63]), "9223372036854775808", AN_ID),
     "ids bool": refused_row(second(IDS, chosen_ids=[True]), "True", AN_ID),
@@ -226,29 +224,21 @@ TOKEN_IDS = {
     ),
     "ids and text in turn": refused_row(lines(IDS, TEXT), "'prompt_ids': is None", AN_ID),
     "ids beside text": becomes(lines(IDS | TEXT), gives([BOS, "#"], ["$", EOS], ["%", EOS]), rows=1),
-    "more_ids a number": refused_row(second(THREE, more_ids=7), "'more_ids'", "Give", known=UNSURE),
+    "more_ids a number": refused_row(second(THREE, more_ids=7), "'more_ids'", "Give"),
     "more_ids empty ids": refused_row(second(THREE, more_ids=[[]]), r"'more_ids\[0\]'", AN_ID),
-    "pairs flat": refused_row(second(THREE, pairs=[0, 1]), "'pairs'", "Give two numbers", known=UNSURE),
-    "pairs with None": refused_row(second(THREE, pairs=[None]), "'pairs'", "Give two", known=UNSURE),
-    "pairs of one completion": refused_row(second(THREE, pairs=[[1, 1]]), r"\(1, 1\)", "Give two numbers"),
+    "pairs flat": refused_row(second(THREE, pairs=[0, 1]), "'pairs'", "Give two numbers"),
+    "pairs with None": refused_row(second(THREE, pairs=[None]), "'pairs'", "Give two"),
+    "pairs of one completion": refused_row(second(THREE, pairs=[[1, 1]]), r"[\[(]1, 1[\])]", "Give two numbers"),
     "pairs beyond the completions": refused_row(second(THREE, pairs=[[0, 3]]), "for 3 completions", "Give"),
-    "unscored flat": refused_row(second(THREE, unscored=[7]), "'unscored'", "Give", known=UNSURE),
-    "unscored strings": refused_row(second(THREE, unscored=[["a", 0, 1]]), "'unscored'", "Give", known=UNSURE),
-    "unscored floats": refused_row(
-        second(THREE, unscored=[[0, 0.5, 1]]),
-        "'unscored'",
-        "Give",
-        known={TABLE: UNSURE, STREAM: "data/tokenized.py: half a token is accepted"},
-    ),
+    "unscored flat": refused_row(second(THREE, unscored=[7]), "'unscored'", "Give"),
+    "unscored strings": refused_row(second(THREE, unscored=[["a", 0, 1]]), "'unscored'", "Give"),
+    "unscored floats": refused_row(second(THREE, unscored=[[0, 0.5, 1]]), "'unscored'", "Give"),
     "unscored beyond the end": refused_row(second(THREE, unscored=[[2, 0, 9]]), r"\[2, 0, 9\]", "Give"),
     "unscored everything": refused_row(
         second(THREE, unscored=[[2, 0, 2]]), "without a scored token", "Leave such rows out"
     ),
     "unscored everything, in stretches that overlap": refused_row(
-        second(THREE, unscored=[[2, 0, 2], [2, 0, 1]]),
-        "'unscored'",
-        "Leave|Give",
-        known="data/tokenized.py: 2 tokens less 3 unscored ones are -1, which counts as some",
+        second(THREE, unscored=[[2, 0, 2], [2, 0, 1]]), "'unscored'.*overlap", "Join them"
     ),
     "example_id a string": refused_row(
         second(IDS | {"example_id": 3}, example_id="x"), "'example_id': is 'x'", "Give an integer"
@@ -260,10 +250,7 @@ TOKEN_IDS = {
         known={TABLE: "data/tokenized.py: OverflowError of pyarrow", STREAM: "data/tokenized.py: accepted"},
     ),
     "margin of ids NaN": refused_row(
-        second(IDS | {"margin": 1.0}, margin=[NAN]),
-        r"'margin': is \[nan\]",
-        "Give one finite number",
-        known={TABLE: "loading/tables.py: NaN in a column of JSON comes back as None, and the margin is gone"},
+        second(IDS | {"margin": 1.0}, margin=[NAN]), r"'margin': (is \[nan\]|NaN)", "Give"
     ),
 }
 
