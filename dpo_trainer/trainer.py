@@ -32,6 +32,7 @@ from .data import (
     DataOptions,
     DataReport,
     FilledStream,
+    Needs,
     check_tokenizer,
     prepare_mixture,
     report_table,
@@ -109,6 +110,7 @@ class DPOTrainer(Trainer):
         self.args, self.processing_class = args, processing_class
         self.pad_token_id = check_tokenizer(processing_class)
         model = self._assemble(start)
+        self.vocabulary_size = getattr(base_model(model).get_input_embeddings(), "num_embeddings", None)
         self.data_reports: dict[str, DataReport] = {}
         if train_dataset is not None:
             train_dataset = self._prepared(train_dataset, "train")
@@ -182,7 +184,10 @@ class DPOTrainer(Trainer):
                 self.processing_class,
                 DataOptions.from_config(self.args),
                 name=name,
-                unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
+                needs=Needs(
+                    vocabulary_size=self.vocabulary_size,
+                    unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
+                ),
             )
         self.data_reports.update(reports)
         return prepared

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dpo-trainer-tests-")  # nothing from an earlier run
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not os.environ.get("DPO_TRAINER_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -23,10 +23,10 @@ pieces = st.sampled_from(
     [*"abch: i\n", "ab", "abc", ": a", "é", "\U0001f600", "x", "don't", "<e", "os>", *SPECIAL[1:4], "<think>"]
 )
 texts = st.lists(pieces, max_size=5).map("".join)
-said_texts = st.one_of(texts, st.sampled_from(["c", "b", " a", "i", "a", "ab", "abc", "xa", "xb", "xab"]))
-"""Short ones come often: so completions of a row are often equal, or become so, or merge with the end of their prompt."""
-ends = st.one_of(texts, st.sampled_from(["a", "xab", "q:", "h", ""]))
-"""Of prompts: what such a completion may merge with."""
+said_texts = st.one_of(texts, st.sampled_from(["a", "c"]), texts.map("xhi".__add__))
+"""Of completions: some are equal, some become so when they are cut."""
+JOINTS = [("xab", "c", "i"), ("a", "b", "c"), ("q:", " a", "x"), ("h", "a", "i")]
+"""A prompt's end, and two completions of which one makes a token with it: abc, ab, ": a", hi."""
 scores = st.integers(0, 3)
 
 
@@ -73,14 +73,17 @@ def tell_text(prompt: str, completions: Sequence[str], pairs: list, *, bos: bool
     )
 
 
-TEXT_FORMS = ("text", "rejected list", "ranked", "transcript")
+TEXT_FORMS = ("text", "joint", "rejected list", "ranked", "transcript")
 
 
 @st.composite
 def text_rows(draw: Callable, *, bos: bool = False, form: str | None = None) -> Example:
     form = form or draw(st.sampled_from(TEXT_FORMS))
-    prompt = draw(ends)
-    if form == "transcript":
+    prompt = draw(texts)
+    if form == "joint":
+        prompt, chosen, rejected = draw(st.sampled_from(JOINTS))
+        row, completions = {"prompt": prompt, "chosen": chosen, "rejected": rejected}, [chosen, rejected]
+    elif form == "transcript":
         prompt = f"\n\nHuman: {prompt.strip()}\n\nAssistant:"
         # Both begin with another character, so that what they share ends with the marker.
         chosen, rejected = draw(said_texts), draw(said_texts)
@@ -186,7 +189,7 @@ def prompts(draw: Callable) -> list[Turn]:
     ]
 
 
-CHAT_FORMS = ("pair", "rejected list", "ranked", "implicit", "strings", "system", "continued")
+CHAT_FORMS = ("pair", "rejected list", "ranked", "implicit", "strings", "system", "continued", "joint")
 
 
 @st.composite
@@ -195,13 +198,15 @@ def chat_rows(draw: Callable, *, form: str | None = None, spelling: str | None =
     spelling = spelling or draw(st.sampled_from([*SPELLINGS]))
     spell = SPELLINGS[spelling]
     prompt = draw(prompts())
-    many = form not in ("implicit", "strings") and draw(st.booleans())
+    many = form not in ("implicit", "strings", "joint") and draw(st.booleans())
     row, completions = draw(completions_of(several_turns if many else single, form))
     if form == "continued":
-        # Where a tool's turn follows, a full stop: then no token of an answer takes a part of what the prompt has said.
-        prompt = [*prompt, ("assistant", draw(ends) + "." * many)]
-        halves = [(prompt[-1][1], completion[0][1]) for completion in completions]
-        assume(all(has_control(a + b) == (has_control(a) or has_control(b)) for a, b in halves))
+        # The full stop: no token of an answer takes a part of what the prompt has said.
+        prompt = [*prompt, ("assistant", draw(texts) + ".")]
+    if form == "joint":
+        start, *contents = draw(st.sampled_from(JOINTS))
+        prompt, completions = [*prompt, ("assistant", start)], [[("assistant", content)] for content in contents]
+        row = dict(zip(("chosen", "rejected"), completions))
     told = tell_talk(prompt, completions, pairs_of(row, len(completions)))
 
     def spelt(value: Any) -> Any:
@@ -223,11 +228,13 @@ def chat_rows(draw: Callable, *, form: str | None = None, spelling: str | None =
     return Example(row, told)
 
 
-def tables(*, max_size: int = 6) -> st.SearchStrategy[list[Example]]:
-    """Rows of one form and spelling: what an Arrow table can hold, without a form that means something else beside others."""
-    text = st.sampled_from(TEXT_FORMS).flatmap(
-        lambda form: st.lists(text_rows(form=form), min_size=1, max_size=max_size)
-    )
-    forms = st.tuples(st.sampled_from(CHAT_FORMS), st.sampled_from([*SPELLINGS]))
-    chat = forms.flatmap(lambda f: st.lists(chat_rows(form=f[0], spelling=f[1]), min_size=1, max_size=max_size))
-    return st.one_of(text, chat)
+def tables() -> list[st.SearchStrategy[list[Example]]]:
+    """For each form: rows of that form in one spelling. That is what an Arrow table can hold."""
+    text = [st.lists(text_rows(form=form), min_size=1, max_size=6) for form in TEXT_FORMS]
+    chat = [
+        st.sampled_from([*SPELLINGS]).flatmap(
+            lambda spelling, form=form: st.lists(chat_rows(form=form, spelling=spelling), min_size=1, max_size=6)
+        )
+        for form in CHAT_FORMS
+    ]
+    return text + chat

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -18,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_trainer.cli import make_peft_config, merged_init_kwargs, parse_args
+from dpo_trainer.loading.mixture import parse_mixture
 
 ROOT = Path(__file__).parents[1]
 CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]
@@ -76,13 +78,32 @@ def test_yaml_values_keep_their_types(yaml_file):
         eval_strategy: no
         loss_type: ipo
         beta: 1
+        columns: {prompt: question}
     """
-    _, model, config, _ = parse(yaml_file(text))
+    script, model, config, _ = parse(yaml_file(text))
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert config.model_init_kwargs["rope_parameters"] == {"rope_theta": 5.0, "rope_type": "default"}
     assert config.lr_scheduler_kwargs == {"num_cycles": 2}
     assert (config.max_length, config.learning_rate, config.warmup_steps) == (None, 1e-5, 0.1)
     assert (config.eval_strategy, config.loss_type, config.beta) == ("no", ["ipo"], 1)
+    assert script.columns == {"prompt": "question"}
+
+
+def test_a_mixture_in_the_file_and_as_a_flag(yaml_file):
+    """1e-1 is text to YAML, and 0.1 to everybody else."""
+    text = """
+        model_name_or_path: m
+        datasets:
+          - name: a
+            fraction: 1e-1
+            columns: {prompt: question, chosen: best}
+          - b
+    """
+    flag = '[{"name": "a", "fraction": 0.1, "columns": "prompt=question,chosen=best"}, "b"]'
+    scripts = [parse(yaml_file(text))[0], parse("--model_name_or_path", "m", "--datasets", flag)[0]]
+    in_file, as_flag = (parse_mixture(script.datasets) for script in scripts)
+    assert in_file == as_flag
+    assert [(source.name, source.fraction) for source in in_file] == [("a", 0.1), ("b", 1.0)]
 
 
 def test_flags_for_booleans_lists_and_mappings():
@@ -125,7 +146,20 @@ def test_model_arguments_reach_from_pretrained_and_lora():
         (["--model_init_kwargs", "{dtype"], r"--model_init_kwargs '\{dtype' is not valid JSON"),
         (["--beta", "0"], r"--beta must be above 0"),
         (["--dataset_name", "d"], r"--dataset_name without --model_name_or_path"),
-        (["--model_name_or_path", "m"], r"--model_name_or_path without --dataset_name"),
+        (["--datasets", '["d"]'], r"--datasets without --model_name_or_path"),
+        (["--model_name_or_path", "m"], r"--model_name_or_path without --dataset_name \(or --datasets\)"),
+        ([*NAMED, "--datasets", '["d"]'], r"--datasets and --dataset_name exclude each other"),
+        ([*NAMED[:2], "--datasets", '["d"]', "--columns", "prompt=q"], r"--datasets and --columns exclude each other"),
+        ([*NAMED[:2], "--datasets", '["d"]', "--dataset_config", "en"], r"--datasets and --dataset_config exclude"),
+        ([*NAMED[:2], "--datasets", '["d"'], r"--datasets '\[\"d\"' is not valid JSON"),
+        ([*NAMED[:2], "--datasets", "d.jsonl"], r"--datasets 'd\.jsonl' is not valid JSON: .*Write a list such as"),
+        (
+            [*NAMED[:2], "--datasets", '[{"name": "d", "frac": 1}]'],
+            r"entry 0: unknown key 'frac'\. Did you mean 'fraction'",
+        ),
+        ([*NAMED, "--columns", "promt=q"], r"--columns: there is no column 'promt' of ours\. Did you mean 'prompt'"),
+        ([*NAMED, "--columns", "prompt"], r"--columns 'prompt' cannot be read\. Write ours=theirs"),
+        (["--columns", "prompt=q"], r"--columns needs --model_name_or_path and --dataset_name"),
         (["--use_peft"], r"--use_peft needs --model_name_or_path and --dataset_name"),
         (["--streaming", "false"], r"--streaming needs --model_name_or_path"),
         ([*NAMED, "--load_in_4bit", "--load_in_8bit"], r"--load_in_4bit and --load_in_8bit exclude each other"),
@@ -158,6 +192,11 @@ def test_bad_flags(argv, message):
         ("report_to: {a: 1}", r"report_to: expected .*, got \{'a': 1\}"),
         ("run_name: yes", r"run_name: expected .* got True \(quote it if you mean the text\)"),
         ("use_peft: maybe", r"use_peft: expected bool, got 'maybe'"),
+        ("columns: [prompt]", r"run\.yaml: columns: expected dict or str or nothing, got \['prompt'\]"),
+        ("columns: {promt: q}", r"--columns: there is no column 'promt' of ours"),
+        ("columns: {prompt: no}", r"--columns: 'prompt' and False must both be names"),
+        ("datasets: {name: a}", r"run\.yaml: datasets: expected list or str or nothing, got \{'name': 'a'\}"),
+        ("datasets: [{name: 7}]", r"--datasets, entry 0: name must be text, got 7 \(quote it"),
         ("- beta", r"must hold `option: value` lines, got a list"),
         ("beta: [", r"run\.yaml is not valid YAML: .*line 1"),
     ],
@@ -226,7 +265,8 @@ def data_folder(tmp_path_factory):
 @pytest.fixture
 def options(model_folder, data_folder, tmp_path, monkeypatch):
     """Two steps on 8 pairs, in plain words."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # for a process of its own, and for this one:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return {
         "model_name_or_path": str(model_folder),
         "dataset_name": str(data_folder),
@@ -300,6 +340,39 @@ def test_streaming_with_a_second_dataset_to_evaluate_on(tmp_path, options, data_
     out = run_in_process(tmp_path, options)
     assert train_losses(out)[0] == pytest.approx(0.693147, abs=1e-4)
     assert (out / "eval_results.json").is_file()
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_mixture_of_files_with_other_columns(tmp_path, options, data_folder, streaming):
+    """From the YAML file to the trained model: the second dataset has other names and gives half of its 6 rows."""
+    lines = [f"{row['prompt']},{row['chosen']},{row['rejected']}" for row in tiny.rows(6)]
+    (tmp_path / "other.csv").write_text("question,best,worst\n" + "\n".join(lines))
+    del options["dataset_name"]
+    options["datasets"] = [
+        str(data_folder),
+        {
+            "name": str(tmp_path / "other.csv"),
+            "fraction": 0.5,
+            "columns": {"prompt": "question", "chosen": "best", "rejected": "worst"},
+        },
+    ]
+    out = run_in_process(tmp_path, options | {"streaming": streaming})
+    assert train_losses(out)[0] == pytest.approx(0.693147, abs=1e-4)
+    assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
+
+
+def test_what_the_script_loads(options, data_folder):
+    """A list for a mixture, one dataset else; and the rows to evaluate on go the same way."""
+    load_data = load_script().load_data
+    model = ["--model_name_or_path", "m"]
+    one = parse(*model, "--dataset_name", str(data_folder), "--columns", "chosen=rejected,rejected=chosen")[0]
+    train, test = load_data(one, seed=1)
+    assert (len(train), len(test)) == (12, 5)
+    assert train[0]["chosen"] == tiny.rows(1)[0]["rejected"]
+    entries = json.dumps([{"name": str(data_folder), "fraction": 0.5}, str(data_folder)])
+    mixture = parse(*model, "--datasets", entries, "--eval_dataset", str(data_folder / "test.jsonl"))[0]
+    train, test = load_data(mixture, seed=1)
+    assert ([len(part) for part in train], [len(part) for part in test]) == ([6, 12], [5])
 
 
 def test_a_reference_of_its_own(tmp_path, options, model_folder):

@@ -15,7 +15,7 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_rows import BOS, EOS, PLAIN, Told, chat_rows, tables, text_rows, texts
+from random_rows import BOS, CHAT_FORMS, EOS, PLAIN, TEXT_FORMS, Told, chat_rows, tables, text_rows, texts
 from tiny_tokenizers import CHAT, MARKED, SPECIAL, WITH_CALLS, byte_bpe
 
 from dpo_trainer.batch import Pair
@@ -100,35 +100,38 @@ def check_row(ids, told: Told, tokenizer, seen: Counter):
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "rows"),
+    ("tokenizer", "kinds"),
     [
-        pytest.param(PLAIN, text_rows(), id="text"),
-        pytest.param(WITH_BOS, text_rows(bos=True), id="text, BOS"),
-        pytest.param(CHATTY, chat_rows(), id="conversations"),
-        pytest.param(LOUD, chat_rows(), id="conversations, marked"),
-        pytest.param(CHATTY, st.one_of(text_rows(), chat_rows()), id="both in one batch"),
+        pytest.param(PLAIN, [text_rows(form=form) for form in TEXT_FORMS], id="text"),
+        pytest.param(WITH_BOS, [text_rows(form=form, bos=True) for form in TEXT_FORMS], id="text, BOS"),
+        pytest.param(CHATTY, [chat_rows(form=form) for form in CHAT_FORMS], id="conversations"),
+        pytest.param(LOUD, [chat_rows(form=form) for form in CHAT_FORMS], id="conversations, marked"),
+        pytest.param(CHATTY, [st.one_of(text_rows(), chat_rows())], id="both in one batch"),
     ],
 )
-def test_the_model_reads_what_the_row_says(tokenizer, rows):
+def test_the_model_reads_what_the_row_says(tokenizer, kinds):
     """Ids, text, pairs, margins, scored tokens and flags, all worked out by hand; one prompt for all completions."""
     seen = Counter()
+    for kind in kinds:
 
-    @examples(200)
-    @given(st.lists(rows, min_size=1, max_size=4))
-    def check(batch):
-        for example, ids in zip(batch, tokenize(tokenizer, batch), strict=True):
-            check_row(NO_LIMITS.apply(ids), example.told, tokenizer, seen)
-            seen[form_of(example.row, "Row 0")] += 1
+        @examples(40)
+        @given(st.lists(kind, min_size=1, max_size=4))
+        def check(batch):
+            for example, ids in zip(batch, tokenize(tokenizer, batch), strict=True):
+                check_row(NO_LIMITS.apply(ids), example.told, tokenizer, seen)
+                seen[form_of(example.row, "Row 0")] += 1
 
-    check()
-    odd = ["control", "merged", "blank", "identical", "tied", "left out", "kept"]
-    odd += {PLAIN: ["no prompt"], WITH_BOS: []}.get(tokenizer, ["unscored"])
+        check()
+    odd = ["control", "blank", "kept"]
+    if len(kinds) > 1:
+        odd += ["merged", "identical", "tied", "left out"]
+        odd += {PLAIN: ["no prompt"], WITH_BOS: []}.get(tokenizer, ["unscored"])
     assert all(seen[kind] >= 2 for kind in odd), seen
 
 
 # --- limits ---
 
-limit = st.none() | st.integers(1, 16)
+limit = st.none() | st.integers(1, 3) | st.integers(1, 16)
 limits = st.builds(
     Limits,
     max_length=limit,
@@ -200,23 +203,22 @@ def check_cut(whole, given: Limits, seen: Counter):
 def test_a_cut_empties_nothing_silently():
     """Within its limits, with a scored token in every completion and every pair accounted for; or dropped for a reason."""
     seen = Counter()
+    for kind in (text_rows(form="text"), text_rows(), chat_rows(form="pair"), chat_rows()):
 
-    @examples(200)
-    @given(
-        st.lists(st.one_of(text_rows(), chat_rows()), min_size=2, max_size=4), st.lists(limits, min_size=3, max_size=3)
-    )
-    def check(batch, several):
-        for ids in tokenize(CHATTY, batch):
-            whole = NO_LIMITS.apply(ids)
-            for given_limits in several:
-                if whole.flags & USELESS:
-                    assert given_limits.apply(ids).flags & USELESS
-                else:
-                    check_cut(whole, given_limits, seen)
+        @examples(60)
+        @given(st.lists(kind, min_size=2, max_size=4), st.lists(limits, min_size=3, max_size=3))
+        def check(batch, several):
+            for ids in tokenize(CHATTY, batch):
+                whole = NO_LIMITS.apply(ids)
+                for given_limits in several:
+                    if whole.flags & USELESS:
+                        assert given_limits.apply(ids).flags & USELESS
+                    else:
+                        check_cut(whole, given_limits, seen)
 
-    check()
+        check()
     kinds = ["fits", "cut", "cut prompt", "TOO_LONG", "NO_ROOM", "IDENTICAL", "pairs left out", "unscored"]
-    assert all(seen[kind] >= 3 for kind in kinds), seen
+    assert all(seen[kind] >= 2 for kind in kinds), seen
 
 
 # --- whole datasets ---
@@ -252,8 +254,6 @@ def prepare(dataset, options, tokenizer=CHATTY):
 def test_order_and_content_survive_batches_shards_and_ranks():
     seen = Counter()
 
-    @examples(40)
-    @given(tables(), OPTIONS, st.integers(1, 3))
     def check(batch, options, shards):
         table = Dataset.from_list([example.row for example in batch])
         rows, report = prepare(table, options)
@@ -283,7 +283,8 @@ def test_order_and_content_survive_batches_shards_and_ranks():
         assert sorted(map(repr, ranks[0] + ranks[1])) == sorted(map(repr, content(rows)))
         seen["both ranks"] += all(ranks)
 
-    check()
+    for table in tables():
+        examples(5)(given(table, OPTIONS, st.integers(1, 3))(check))()
     assert all(seen[kind] >= 3 for kind in ("rows", "several", "dropped", "both ranks")), seen
 
 
@@ -315,8 +316,6 @@ def test_two_processes_give_the_rows_in_their_order():
 def test_preparing_again_changes_nothing():
     seen = Counter()
 
-    @examples(100)
-    @given(tables(), OPTIONS)
     def check(batch, options):
         rows, report = prepare(Dataset.from_list([example.row for example in batch]), options)
         if not rows:
@@ -329,7 +328,8 @@ def test_preparing_again_changes_nothing():
         assert (report_again.kept, report_again.dropped, report_again.pairs_left_out) == (report.kept, 0, 0)
         assert report_again.pairs == report.pairs
 
-    check()
+    for table in tables():
+        examples(10)(given(table, OPTIONS)(check))()
     assert all(seen[kind] >= 3 for kind in ("rows", "unscored", "ranked")), seen
 
 

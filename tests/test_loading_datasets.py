@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import gzip
 import json
+import os
+from functools import partial
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -179,18 +183,34 @@ def test_a_damaged_gz(tmp_path, streaming):
         list(load_dataset_splits(str(tmp_path / "pairs.jsonl.gz"), streaming=streaming)[0])
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv", "pairs.parquet"])
-def test_an_empty_file(tmp_path, name):
+EMPTY = {
+    "pairs.jsonl": "there are no rows",
+    "pairs.csv": "has no names of columns",
+    "pairs.parquet": "cannot be read as parquet",
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_file(tmp_path, name, streaming):
+    """Also of a stream at once, and not at its first step."""
     (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match=rf"{name} cannot be read as"):
-        load_dataset_splits(str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"{name}:? {EMPTY[name]}"):
+        load_dataset_splits(str(tmp_path / name), streaming=streaming)
 
 
-@pytest.mark.parametrize("name", ["pairs.csv", "pairs.parquet"])
-def test_a_file_that_is_not_what_its_name_says(tmp_path, name):
-    (tmp_path / name).write_bytes(bytes(range(256)))
-    with pytest.raises(ValueError, match=rf"{name} cannot be read as"):
-        load_dataset_splits(str(tmp_path / name))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pairs.jsonl", "line 1: a null byte"),
+        ("pairs.csv", "line 1: a null byte"),
+        ("pairs.jsonl.gz", "damaged, or no gzip"),
+        ("pairs.parquet", "cannot be read as parquet"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, message, streaming):
+    (tmp_path / name).write_bytes(bytes(range(127)))
+    with pytest.raises(ValueError, match=rf"{name}[,:]? {message}"):
+        load_dataset_splits(str(tmp_path / name), streaming=streaming)
 
 
 def test_names_that_lead_nowhere(tmp_path):
@@ -216,10 +236,165 @@ def test_files_and_folders_that_hold_no_data(tmp_path):
     with pytest.raises(ValueError, match="saved' is empty or damaged"):
         load_dataset_splits(str(tmp_path / "saved"))
     (tmp_path / "header.csv").write_text("prompt,chosen,rejected\n")
-    with pytest.raises(ValueError, match=r"header\.csv cannot be read as csv: .*at least one row"):
+    with pytest.raises(ValueError, match=r"header\.csv: there are no rows"):
         load_dataset_splits(str(tmp_path / "header.csv"))
 
 
-def test_config_of_a_local_file(tmp_path):
+def test_a_name_of_nothing_and_the_name_of_a_reader(tmp_path, monkeypatch):
+    """`load_dataset("json")` would read whatever lies in the current folder."""
+    write(tmp_path / "private.json", "lines")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="The name of the dataset is empty"):
+        load_dataset_splits(" ")
+    with pytest.raises(ValueError, match="no file or folder 'json', and on the hub no dataset can have that name"):
+        load_dataset_splits("json")
+    with pytest.raises(ValueError, match=r"'~nobody_has_this_name/x\.jsonl' cannot be read: .*Check the path"):
+        load_dataset_splits("~nobody_has_this_name/x.jsonl")
+
+
+def test_links_pipes_and_folders_named_like_files(tmp_path, streaming):
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    (tmp_path / "nowhere.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for name in ("circle", "nowhere"):
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl' is a symbolic link that leads nowhere, or in a circle"):
+            load_dataset_splits(str(tmp_path / f"{name}.jsonl"), streaming=streaming)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match=r"pipe\.jsonl' is neither a file nor a folder"):
+        load_dataset_splits(str(tmp_path / "pipe.jsonl"), streaming=streaming)
+    write(tmp_path / "folder.jsonl" / "a.jsonl", "lines")
+    (tmp_path / "folder.jsonl" / "self").symlink_to(tmp_path / "folder.jsonl")
+    assert list(load_dataset_splits(str(tmp_path / "folder.jsonl"), streaming=streaming)[0]) == ROWS
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, streaming):
+    """Root may read everything, so the refusal is staged where the file is opened."""
+    file = write(tmp_path / "pairs.jsonl", "lines")
+    really_open = builtins.open
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == file:
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    with pytest.raises(
+        ValueError, match=r"pairs\.jsonl cannot be read \(Permission denied\)\. Check .* you may read it"
+    ):
+        load_dataset_splits(file, streaming=streaming)
+
+
+def test_a_folder_of_other_things_or_of_several(tmp_path, caplog, streaming):
+    write(tmp_path / "photos" / "cat.png", "lines")
+    with pytest.raises(ValueError, match=r"holds no rows \(it holds cat\.png\)\. They must be in files that end in"):
+        load_dataset_splits(str(tmp_path / "photos"), streaming=streaming)
+    write(tmp_path / "packed" / "train.jsonl.zst", "lines")
+    with pytest.raises(ValueError, match=r"train\.jsonl\.zst is not a plain json file"):
+        load_dataset_splits(str(tmp_path / "packed"), streaming=streaming)
+
+    write(tmp_path / "two" / "train.jsonl", "lines")
+    write(tmp_path / "two" / "more.csv", "table")
+    write(tmp_path / "two" / "config.json", "lines")  # by that name it is no data
+    assert list(load_dataset_splits(str(tmp_path / "two"), streaming=streaming)[0]) == ROWS
+    assert "two: more.csv. A folder is one dataset" in caplog.text
+
+
+def test_configurations_of_a_folder_from_the_hub(tmp_path, streaming):
+    write(tmp_path / "data" / "a.jsonl", "lines")
+    (tmp_path / "data" / "b.jsonl").write_text(JSONL.splitlines()[4])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    folder = str(tmp_path / "data")
+    train, _ = load_dataset_splits(folder, config="b", streaming=streaming)
+    assert list(train) == [ROWS[4]]
+    assert train.info.dataset_name == f"{folder}, b"
+    for config in (None, "c"):
+        with pytest.raises(ValueError, match=r"cannot be read as a dataset: .*\['a', 'b'\].* --dataset_config"):
+            load_dataset_splits(folder, config=config, streaming=streaming)
+
+
+def test_what_the_hub_serves_is_untrusted_too(monkeypatch):
+    def broken(*args, **kwargs):
+        raise datasets.exceptions.DatasetGenerationError("generating") from TypeError("Couldn't cast array")
+
+    monkeypatch.setattr("dpo_trainer.loading.find.load_dataset", broken)
+    with pytest.raises(
+        ValueError, match=r"'some/pairs' of the hub cannot be read: Couldn't cast array.*download its files"
+    ):
+        load_dataset_splits("some/pairs")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(ValueError, match=r"The dataset cache .*cannot be written \(.*HF_DATASETS_CACHE"):
+        load_dataset_splits(write(tmp_path / "pairs.jsonl", "lines"))
+
+
+# --- names and fingerprints ---
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv", "pairs.parquet", "folder", "saved"])
+def test_every_dataset_knows_the_name_that_the_user_gave(tmp_path, monkeypatch, name, streaming):
+    monkeypatch.chdir(tmp_path)
+    if name == "saved":
+        DatasetDict({split: Dataset.from_list(ROWS) for split in ("train", "test")}).save_to_disk(name)
+    elif name == "folder":
+        for split in ("train", "test"):
+            write(tmp_path / name / f"{split}.jsonl", "lines")
+    else:
+        write(tmp_path / name, FILES[name])
+    train, test = load_dataset_splits(name, streaming=streaming, columns="prompt=chosen,chosen=prompt")
+    parts = load_dataset_splits(name, streaming=streaming, test_split_size=3)
+    assert [rows and rows.info.dataset_name for rows in (train, test)] == [name, name if test else None]
+    # Rows of a stream are counted from where it starts; a table remembers their numbers (`_indices`).
+    assert [rows.info.dataset_name for rows in parts] == [f"{name} after 3 rows" if streaming else name, name]
+    assert train.info is not (test or parts[0]).info
+
+
+def test_rows_next_to_each_other_are_named_by_where_they_start(tmp_path):
+    """`select` forgets the numbers of neighbouring rows: one row held out of ten is always such a case."""
+    file = write(tmp_path / "pairs.jsonl", "lines")
+    _, test = load_dataset_splits(file, test_split_size=1)
+    number = ROWS.index(test[0])
+    assert number > 0, "another seed: row 0 needs no name"
+    assert test.info.dataset_name == f"{file} after {number} rows"
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "array.json", "pairs.csv", "pairs.parquet"])
+def test_fingerprints_are_the_same_in_every_run(tmp_path, name):
+    """They are the key of all that is computed from the rows, such as token ids."""
+    file = write(tmp_path / name, FILES[name])
+    load = partial(load_dataset_splits, file, test_split_size=3, columns={"prompt": "prompt"})
+    first, second = load(), load()
+    assert [rows._fingerprint for rows in first] == [rows._fingerprint for rows in second]
+    assert first[0]._fingerprint != first[1]._fingerprint
+    assert load(seed=1)[0]._fingerprint != first[0]._fingerprint
+
+
+def test_fingerprints_follow_the_content_and_not_the_place(tmp_path):
+    file = write(tmp_path / "pairs.jsonl", "lines")
+    there = write(tmp_path / "elsewhere" / "other.jsonl", "lines")
+    before, elsewhere = (load_dataset_splits(path)[0] for path in (file, there))
+    assert before._fingerprint == elsewhere._fingerprint
+    assert (before.info.dataset_name, elsewhere.info.dataset_name) == (file, there)
+    stat = os.stat(file)
+    (tmp_path / "pairs.jsonl").write_text(JSONL.replace("good", "fine"))  # as many bytes
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after, _ = load_dataset_splits(file)
+    assert after._fingerprint != before._fingerprint
+    assert after[0]["chosen"] == "fine 0"
+
+
+def test_a_mapped_dataset_is_read_from_the_cache(tmp_path):
+    file = write(tmp_path / "pairs.jsonl", "lines")
+    for run in range(2):
+        rows, _ = load_dataset_splits(file, test_split_size=2)
+        mapped = rows.map(lambda row: {"n": len(row["chosen"])}, load_from_cache_file=True)
+        written = sorted(path.stat().st_mtime_ns for path in Path(mapped.cache_files[0]["filename"]).parent.glob("*"))
+        if run == 0:
+            first = written
+    assert written == first
+
+
+def test_a_config_of_a_local_file(tmp_path):
     with pytest.raises(ValueError, match="--dataset_config 'en' is for datasets of the hub"):
         load_dataset_splits(write(tmp_path / "pairs.jsonl", "lines"), config="en")

@@ -1,14 +1,15 @@
 """Rows -> pairs -> token ids -> batches.
 
-schema.py, columns.py, messages.py, conversation.py, ranking.py, implicit.py, tokenized.py      row -> Pair
-render.py, encode.py, tokenize.py, truncate.py                                                  Pair -> token ids
-mapping.py, prepare.py, stream.py, options.py, report.py                                        whole datasets
-collate.py                                                                                      rows -> PairBatch
+row -> Pair            schema.py, columns.py, messages.py, conversation.py, ranking.py, implicit.py; tokenized.py
+Pair -> token ids      render.py, encode.py, tokenize.py, truncate.py
+whole datasets         mapping.py, prepare.py, stream.py, options.py, needs.py, report.py
+rows -> PairBatch      collate.py, uncollate.py
 """
 
 from .collate import DataCollatorForPreference
 from .encode import check_tokenizer
 from .mapping import FEATURES
+from .needs import Needs
 from .options import DataOptions
 from .prepare import prepare_dataset, prepare_mixture
 from .report import DataReport, report_table, write_reports
@@ -24,6 +25,7 @@ __all__ = [
     "DataReport",
     "FilledStream",
     "Limits",
+    "Needs",
     "check_tokenizer",
     "form_of",
     "pair_from_row",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..batch import Preferred
-from .errors import bad
+from .errors import bad, clean
 from .ranking import against_each, ranked
+
+logger = logging.getLogger(__name__)
 
 TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
 PROMPTS = ("prompt", "messages", "conversations")
@@ -16,6 +19,8 @@ PAIR = ("chosen", "rejected")
 RANKED = ("completions", "scores")
 OPTIONS = ("system", "tools", "chat_template_kwargs")
 PREPARED = ("example_id", "more_ids", "pairs", "unscored")
+MOST = 30
+"""How many columns an error lists."""
 READ = (*PROMPTS, *PAIR, *RANKED, *OPTIONS, "weight", "margin", *TOKENIZED, *PREPARED)
 
 
@@ -27,6 +32,29 @@ def unread_columns(columns: Iterable[str]) -> list[str]:
     return [column for column in columns if column not in READ]
 
 
+def read_columns(columns: Iterable[str]) -> list[str]:
+    return [column for column in columns if column in READ]
+
+
+def announce_unread(columns: Iterable[str], where: str) -> None:
+    """Say which columns are not read where one of them may have been meant: beside an implicit prompt, or two forms."""
+    columns = list(columns)
+    if is_tokenized(columns):
+        return
+    unread = unread_columns(columns)
+    if unread and set(PAIR) <= set(columns) and not set(PROMPTS) & set(columns):
+        names = ", ".join(map(clean, unread[:MOST]))
+        logger.warning(
+            "%s has no column 'prompt': prompts are what 'chosen' and 'rejected' share. Columns that are not read: %s.",
+            where,
+            names,
+        )
+    if set(PAIR + RANKED) <= set(columns):
+        logger.warning(
+            "%s has 'chosen' and 'rejected': where they are filled, 'completions' and 'scores' are not read.", where
+        )
+
+
 def check_columns(columns: Iterable[str], where: str) -> None:
     """Refuse columns that no form fits, and a misspelt `prompt`, which would silently make the prompt implicit."""
     columns = list(columns)
@@ -36,8 +64,9 @@ def check_columns(columns: Iterable[str], where: str) -> None:
     missing = [column for column in wanted if column not in columns]
     if missing:
         hints = "".join(_rename_hint(column, columns, cutoff=0.6) for column in missing)
+        have = ", ".join(map(clean, columns[:MOST])) + ", ..." * (len(columns) > MOST)
         raise ValueError(
-            f"{where} has no column {' and no column '.join(map(repr, missing))} (it has: {', '.join(columns)}).{hints} "
+            f"{where} has no column {' and no column '.join(map(repr, missing))} (it has: {have}).{hints} "
             "A row needs 'chosen' and 'rejected', with or without 'prompt'; or 'prompt', 'completions' and 'scores'; or all "
             f"of {', '.join(TOKENIZED)}. Other names: --columns prompt=question,chosen=best."
         )
@@ -49,7 +78,8 @@ def check_columns(columns: Iterable[str], where: str) -> None:
 def _rename_hint(wanted: str, columns: list[str], cutoff: float) -> str:
     by_lower = {column.lower(): column for column in unread_columns(columns)}
     close = [by_lower[c] for c in difflib.get_close_matches(wanted, by_lower, n=1, cutoff=cutoff)]
-    return f" Is {close[0]!r} meant? dataset.rename_column({close[0]!r}, {wanted!r})." if close else ""
+    name = clean(close[0]) if close else ""
+    return f" Is {name!r} meant? dataset.rename_column({name!r}, {wanted!r})." if close else ""
 
 
 class Parts(NamedTuple):
@@ -71,11 +101,12 @@ def find_parts(row: Mapping[str, Any], where: str) -> Parts:
     ranked_row = is_ranked(row)
     if not ranked_row and not set(PAIR) <= set(row):
         check_columns(row, where)
+        raise _is_none(where, "completions")
     prompt = _prompt_column(row, where)
     values = {} if prompt is None else {prompt: row[prompt]}
     pairs: Sequence[Preferred]
     if ranked_row:
-        completions = _several(row["completions"])
+        completions = _several(row["completions"], or_messages=True)
         if completions is None or len(completions) < 2:
             raise bad(
                 where, "completions", "is no list of two or more", "Give a list of strings, or of lists of messages"
@@ -109,17 +140,21 @@ def _prompt_column(row: Mapping[str, Any], where: str) -> str | None:
     return filled[0] if filled else None
 
 
-def _several(value: Any) -> list | None:
-    """The completions of a list that holds completions and not messages."""
-    if isinstance(value, list | tuple) and value and isinstance(value[0], str | list | tuple):
-        return list(value)
-    return None
+def _several(value: Any, *, or_messages: bool = False) -> list | None:
+    """The completions of a list that holds completions; a list with a message in it is one, unless `or_messages`."""
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    if any(isinstance(item, Mapping) for item in value):
+        return list(value) if or_messages else None
+    return list(value) if isinstance(value[0], str | list | tuple) else None
 
 
 def _check_kind(value: Any, where: str, column: str) -> None:
     if value is None:
         raise _is_none(where, column)
     if isinstance(value, list | tuple) and any(isinstance(item, str | list | tuple) for item in value):
+        if _several(value) is None:
+            raise bad(where, column, "is a list of messages and of strings or lists", "Give each answer as a list of its own")
         raise bad(where, column, "is a list of texts", "Only 'rejected' and 'completions' may hold several")
     if not isinstance(value, str | list | tuple | Mapping):
         raise bad(where, column, f"is of type {type(value).__name__}", "Give a string or a list of messages")

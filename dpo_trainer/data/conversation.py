@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..batch import Message, Pair
 from .columns import Parts
@@ -12,8 +15,13 @@ from .errors import bad
 from .implicit import split_messages
 from .messages import read_messages, without_none
 
-OURS = {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
-"""What `chat_template_kwargs` may not set: the pipeline does."""
+OURS = {
+    *(set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}),
+    *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+    "messages",
+    "conversations",
+}
+"""What `chat_template_kwargs` may not set: the pipeline does, or the tokenizer."""
 
 
 def pair_of_messages(row: Mapping[str, Any], parts: Parts, where: str) -> Pair:
@@ -96,7 +104,8 @@ def _json_value(value: Any, kind: type, where: str, column: str) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except (json.JSONDecodeError, RecursionError) as error:
+            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+        except (ValueError, RecursionError) as error:
             raise bad(where, column, f"is not JSON ({error})", "Mend it, or give None") from None
     else:
         value = without_none(value)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+LONGEST = 200
+
 
 def bad(where: str, column: str, problem: str, remedy: str) -> ValueError:
     """`where` names the row ("Row 7 of train"), `remedy` is a whole sentence without its full stop."""
-    return ValueError(f"{where}, column {column!r}: {problem}. {remedy}.")
+    return ValueError(f"{where}, column {clean(column)!r}: {clean(problem)}. {remedy}.")
+
+
+def clean(text: object) -> str:
+    """Words that come from data, fit for a terminal: short, and no character that steers it."""
+    shown = str(text)
+    if len(shown) > LONGEST:
+        shown = f"{shown[:LONGEST]}..."
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)

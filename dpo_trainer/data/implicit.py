@@ -70,7 +70,21 @@ def _word_boundary(chosen: str, rejected: str, shared: int) -> int:
 def _inside_word(text: str, at: int) -> bool:
     """Whether a cut before `text[at]` would part letters, or a sign from what it modifies."""
     before, after = text[at - 1], text[at]
+    if _is_flag_letter(before) and _is_flag_letter(after):
+        return _flag_letters_before(text, at) % 2 == 1
     return _modifies(after) or before == ZERO_WIDTH_JOINER or (_is_word(before) and _is_word(after))
+
+
+def _is_flag_letter(char: str) -> bool:
+    """Two of them are one flag."""
+    return "\U0001f1e6" <= char <= "\U0001f1ff"
+
+
+def _flag_letters_before(text: str, at: int) -> int:
+    start = at
+    while start > 0 and _is_flag_letter(text[start - 1]):
+        start -= 1
+    return at - start
 
 
 def _is_word(char: str) -> bool:
@@ -78,5 +92,7 @@ def _is_word(char: str) -> bool:
 
 
 def _modifies(char: str) -> bool:
-    """Combining marks, variation selectors, emoji skin tones, joiners: nothing without the sign before them."""
+    """Combining marks, variation selectors, emoji skin tones, tags, joiners: nothing without the sign before them."""
+    if "\U000e0020" <= char <= "\U000e007f":
+        return True
     return char == ZERO_WIDTH_JOINER or unicodedata.category(char) in ("Mn", "Mc", "Me") or "🏻" <= char <= "🏿"

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from .columns import TOKENIZED, check_columns, is_tokenized
+from .columns import TOKENIZED, announce_unread, check_columns, is_tokenized
 from .encode import eos_token_id, tokenizer_fingerprint
-from .report import RowFacts
+from .report import RowFacts, labelled
 from .schema import pair_from_row, weight_from_row
 from .tokenize import tokenize_pairs
 from .tokenized import example_id_from_row, ids_from_row
@@ -33,7 +33,7 @@ FEATURES = Features(
 )
 """A prepared row, as `collate.py` reads it."""
 
-NOTES = Features({"flags": Value("int32"), "left_out": Value("int32")})
+NOTES = Features({"flags": Value("int32"), "left_out": Value("int32"), "largest_id": Value("int32")})
 """What a report needs to know of it besides."""
 
 BATCH = 256
@@ -54,15 +54,23 @@ class PairMapper:
     limits: Limits
     name: str
     streaming: bool
+    source: str = ""
+    announces: bool = False  # a stream that did not know its columns before
     allow_special_tokens_in_text: bool = False
     first_id: int = 0
     row_numbers: np.ndarray | None = None
 
+    @property
+    def label(self) -> str:
+        return labelled(self.name, self.source)
+
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        check_columns(batch, self.name)
+        check_columns(batch, self.label)
+        if self.announces and indices[0] == 0:
+            announce_unread(batch, self.label)
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         numbers = indices if self.row_numbers is None else self.row_numbers[indices].tolist()
-        where = [f"Row {number} of {self.name}" for number in numbers]
+        where = [f"Row {number} of {self.label}" for number in numbers]
         own_ids: list[int | None] = [None] * len(rows)
         if is_tokenized(batch):
             ids = [ids_from_row(row, at) for row, at in zip(rows, where, strict=True)]
@@ -84,12 +92,13 @@ class PairMapper:
             "length": [len(pair.prompt) + sum(map(len, pair.completions)) for pair in ids],
             "flags": [int(pair.flags) for pair in ids],
             "left_out": [pair.left_out for pair in ids],
+            "largest_id": [max(max(text, default=0) for text in (pair.prompt, *pair.completions)) for pair in ids],
         }
 
     def _tokenize(self, rows: list[dict], where: list[str]) -> list[PairIds]:
         if self.tokenizer is None:
             raise ValueError(
-                f"{self.name} holds text, and there is no tokenizer: pass one (processing_class), or give token ids."
+                f"{self.label} holds text, and there is no tokenizer: pass one (processing_class), or give token ids."
             )
         eos_token_id(self.tokenizer)  # refuses a tokenizer that has none
         pairs = [pair_from_row(row, at) for row, at in zip(rows, where, strict=True)]
@@ -102,7 +111,7 @@ class PairMapper:
         if not is_tokenized(dataset.column_names) and self.tokenizer is not None:
             tokenizer = tokenizer_fingerprint(self.tokenizer)
         options = [asdict(self.limits), self.allow_special_tokens_in_text, self.first_id]
-        parts = [VERSION, dataset._fingerprint, *options, tokenizer]
+        parts = [VERSION, str(FEATURES | NOTES), dataset._fingerprint, *options, tokenizer]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 

@@ -8,6 +8,7 @@ Entries that are None are left out: a table fills every message with the keys of
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
 }
 ROLE = re.compile(r"[\w.-]+")
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "model", "ipython")
 
 
 def read_messages(value: Any, where: str, column: str) -> list[Message]:
@@ -69,6 +71,10 @@ def _message(message: Any, where: str, column: str) -> Message:
         raise bad(
             where, column, f"has the role {role!r:.80}", "Give a name of letters and digits, such as user or assistant"
         )
+    meant = difflib.get_close_matches(role, KNOWN_ROLES, n=1, cutoff=0.8)
+    if meant and role not in KNOWN_ROLES:
+        raise bad(where, column, f"has the role {role!r}", f"Did you mean {meant[0]!r}? Mend it, or give it another name")
+    _check_calls(message.get("tool_calls"), where, column)
     if isinstance(content, list):
         message["content"] = "".join(_text_part(part, where, column) for part in content)
     elif content is not None and not isinstance(content, str):
@@ -95,10 +101,17 @@ def _from_sharegpt(message: Message, where: str, column: str) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": dict(call)}], **rest}
 
 
+def _check_calls(calls: Any, where: str, column: str) -> None:
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+        raise bad(where, column, f"has tool_calls {calls!r:.80}", "Give a list of calls, each an object")
+
+
 def _text_part(part: Any, where: str, column: str) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind == "text":
+        raise bad(where, column, "has a text part without text", 'Give {"type": "text", "text": ...}')
     raise bad(
         where, column, f"has a content part of type {kind!r}", "Only parts of type 'text' can be trained on here"
     )

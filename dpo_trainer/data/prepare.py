@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
-from .columns import check_columns, is_tokenized, unread_columns
+from .columns import announce_unread, check_columns, read_columns
 from .encode import text_tokenizer
 from .mapping import BATCH, FEATURES, NOTES, PairMapper, content_id
+from .needs import Needs
 from .options import DataOptions
-from .ranking import UnusableMargin, check_margins
-from .report import DataReport, Flag, RowFacts
+from .report import USELESS, DataReport, Flag, RowFacts
 from .stream import prepare_stream
 from .truncate import PairIds
 
@@ -33,7 +33,7 @@ def prepare_dataset(
     options: DataOptions | None = None,
     *,
     name: str = "train",
-    unusable_margin: UnusableMargin | None = None,
+    needs: Needs | None = None,
     first_id: int = 0,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """Rows of any form (schema.py) -> the columns of `mapping.FEATURES`.
@@ -44,25 +44,27 @@ def prepare_dataset(
     already keep their `example_id` and need no tokenizer (None); preparing the result again changes nothing.
 
     Useless rows (report.DROPPED) are dropped and counted, or refused. Results are cached by the dataset's fingerprint,
-    the tokenizer's content and the options. `unusable_margin` is asked about the margin of every row that is kept.
+    the tokenizer's content and the options. `needs` are checked of every row that is kept.
     """
     options = options or DataOptions()
-    name = _labelled(name, dataset)
+    source = _source(dataset)
     tokenizer = text_tokenizer(tokenizer)
     mapper = PairMapper(
         tokenizer=tokenizer,
         limits=options.limits(getattr(tokenizer, "bos_token_id", None)),
         name=name,
+        source=source,
         streaming=isinstance(dataset, IterableDataset),
+        announces=isinstance(dataset, IterableDataset) and dataset.column_names is None,
         allow_special_tokens_in_text=options.allow_special_tokens_in_text,
         first_id=first_id,
         row_numbers=_row_numbers(dataset),
     )
     if isinstance(dataset, Dataset):
-        _check_table(dataset, name)
-        return _prepare_table(dataset, mapper, options, unusable_margin)
+        _check_table(dataset, mapper.label)
+        return _prepare_table(dataset, mapper, options, needs or Needs())
     if isinstance(dataset, IterableDataset):
-        return prepare_stream(dataset, mapper, options, unusable_margin)
+        return prepare_stream(dataset, mapper, options, needs or Needs())
     raise ValueError(
         f"{name} is a {type(dataset).__name__}, not a datasets.Dataset or IterableDataset. {_way_out(dataset)}"
     )
@@ -74,7 +76,7 @@ def prepare_mixture(
     options: DataOptions | None = None,
     *,
     name: str = "train",
-    unusable_margin: UnusableMargin | None = None,
+    needs: Needs | None = None,
 ) -> tuple[Dataset | IterableDataset, dict[str, DataReport]]:
     """Several datasets as one, each prepared on its own: one after another, or for streams row by row in turn until all
     have ended. Ids count on from one table to the next. Reports by name: `name`, or "`name` 0", "`name` 1" ... of several.
@@ -86,9 +88,7 @@ def prepare_mixture(
     names = [name] if len(parts) == 1 else [f"{name} {number}" for number in range(len(parts))]
     prepared, reports, first_id = [], {}, 0
     for own, part in zip(names, parts, strict=True):
-        rows, reports[own] = prepare_dataset(
-            part, tokenizer, options, name=own, unusable_margin=unusable_margin, first_id=first_id
-        )
+        rows, reports[own] = prepare_dataset(part, tokenizer, options, name=own, needs=needs, first_id=first_id)
         first_id += len(part) if isinstance(part, Dataset) else 0
         prepared.append(rows)
     if len(prepared) == 1:
@@ -98,10 +98,10 @@ def prepare_mixture(
     return datasets.concatenate_datasets(prepared), reports
 
 
-def _labelled(name: str, dataset: Any) -> str:
-    """ "train (pairs.jsonl)" where the dataset knows where it came from."""
+def _source(dataset: Any) -> str:
+    """Where a dataset came from, if it knows."""
     source = getattr(getattr(dataset, "info", None), "dataset_name", None)
-    return name if source in READERS else f"{name} ({source})"
+    return "" if source in READERS else source
 
 
 def _row_numbers(dataset: Any) -> np.ndarray | None:
@@ -121,41 +121,36 @@ def _check_table(dataset: Dataset, name: str) -> None:
         raise ValueError(f"{name} has no rows. Check its file or its split.")
     columns = dataset.column_names
     check_columns(columns, name)
-    unread = unread_columns(columns)
-    if unread and not is_tokenized(columns) and not {"prompt", "messages", "conversations"} & set(columns):
-        logger.warning(
-            "%s has no column 'prompt': prompts are what 'chosen' and 'rejected' share. Columns that are not read: %s.",
-            name,
-            ", ".join(unread),
-        )
+    announce_unread(columns, name)
 
 
 def _prepare_table(
-    dataset: Dataset, mapper: PairMapper, options: DataOptions, unusable_margin: UnusableMargin | None
+    dataset: Dataset, mapper: PairMapper, options: DataOptions, needs: Needs
 ) -> tuple[Dataset, DataReport]:
     plain = dataset.with_format(None)
+    read = read_columns(plain.column_names)  # what is the user's own is not even decoded
     with _progress_bars(not options.disable_tqdm):
-        mapped = plain.map(
+        mapped = plain.select_columns(read).map(
             mapper,
             batched=True,
             batch_size=BATCH,
             with_indices=True,
-            remove_columns=plain.column_names,
+            remove_columns=read,
             features=Features(FEATURES | NOTES),
             num_proc=options.dataset_num_proc,
             new_fingerprint=mapper.fingerprint(plain),
-            desc=f"Tokenizing {mapper.name}",
+            desc=f"Tokenizing {mapper.label}",
         )
     facts = _facts(mapped)
     if options.deduplicate:
-        facts.flags[_repeated(mapped)] |= Flag.DUPLICATE
-    report = DataReport(name=mapper.name)
+        facts.flags[_repeated(mapped, facts.flags & USELESS == 0)] |= Flag.DUPLICATE
+    report = DataReport(name=mapper.name, source=mapper.source)
     numbers = np.arange(len(mapped)) if mapper.row_numbers is None else mapper.row_numbers
     keep = report.add(facts, numbers)
     report.refuse_unwanted(useless_pairs=options.useless_pairs, too_long=options.too_long)
     report.refuse_empty()
-    if unusable_margin is not None:
-        check_margins(mapped["margin"], keep, numbers, mapper.name, unusable_margin)
+    margins = mapped["margin"] if needs.unusable_margin else ()
+    needs.check(np.asarray(mapped["largest_id"]), margins, keep, numbers, mapper.label)
     if report.dropped:
         mapped = mapped.select(np.flatnonzero(keep))
     return mapped.remove_columns(list(NOTES)), report
@@ -174,11 +169,12 @@ def _facts(mapped: Dataset) -> RowFacts:
     )
 
 
-def _repeated(mapped: Dataset) -> np.ndarray:
-    """Row numbers of those with the prompt and the completions of an earlier one."""
+def _repeated(mapped: Dataset, used: np.ndarray) -> np.ndarray:
+    """Row numbers of those with the prompt and the completions of an earlier row that is used."""
     seen: set[int] = set()
     repeated = []
-    for number, row in enumerate(mapped):
+    for number in np.flatnonzero(used).tolist():
+        row = mapped[number]
         content = content_id(PairIds(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"], *row["more_ids"]]))
         if content in seen:
             repeated.append(number)

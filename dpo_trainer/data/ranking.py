@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..batch import Preferred
 from .errors import bad
 
-UnusableMargin: TypeAlias = "Callable[[float | None], str | None]"
-"""What a loss says against a margin: why it cannot read it and the way out, or None."""
+LARGEST = 1e38
+"""Sums and differences of two such numbers fit float32, in which they are trained on."""
 
 
 def against_each(row: Mapping[str, Any], count: int, where: str) -> tuple[Preferred, ...]:
@@ -46,24 +43,9 @@ def ranked(row: Mapping[str, Any], where: str) -> tuple[list[int], tuple[Preferr
     )
 
 
-def check_margins(
-    margins: Iterable[Sequence[float | None]], keep: np.ndarray, numbers: np.ndarray, name: str, unusable: UnusableMargin
-) -> None:
-    """Refuse the first row that is used and has a margin that the loss cannot read, or none (an empty list)."""
-    for of_row, used, number in zip(margins, keep, numbers, strict=True):
-        for margin in of_row or [None] if used else ():
-            if why := unusable(margin):
-                raise ValueError(f"Row {number} of {name}: {why}")
-
-
 def is_number(value: Any) -> bool:
-    """A finite number; an integer beyond all floats is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    """A number that float32 can hold, and the difference of two such numbers too."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _margins(value: Any, count: int, where: str) -> Sequence[float | None]:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, cast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..batch import Message, Pair
-from .errors import bad
+from .errors import bad, clean
 
+MARKS = re.compile("[\U000f0000\U000f0001]")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -52,20 +53,43 @@ def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | No
             f"{where} is a conversation, and the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
             "model is to be used with, or give the row as plain strings."
         )
+    if control is not None and found:
+        _check_can_stay_text(pair, where, control)
     return _Conversation(pair, tokenizer, where, as_ids=found).rendered()
 
 
 def strings_of(pair: Pair) -> Iterator[str]:
-    """Every string of a row that reaches the tokenizer, but for dict keys."""
-    return _strings([pair.prompt, pair.completions, pair.tools, pair.chat_template_kwargs])
+    """Every string of a row that reaches the tokenizer, those that are joined to one (`_joined`) also as the one."""
+    yield from _strings([pair.prompt, pair.completions, pair.tools, pair.chat_template_kwargs])
+    if not isinstance(pair.prompt, str) and pair.prompt[-1]["role"] == "assistant":
+        for completion in cast("tuple[list[Message], ...]", pair.completions):
+            yield pair.prompt[-1].get("content", "") + completion[0].get("content", "")
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any, *, keys: bool = True) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if keys and isinstance(key, str):
+                yield key
+            yield from _strings(item, keys=keys)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, keys=keys)
+
+
+def _check_can_stay_text(pair: Pair, where: str, control: re.Pattern[str]) -> None:
+    """transformers marks strings, not names, and drops the characters that it marks with."""
+    everything = [pair.tools, pair.chat_template_kwargs, pair.prompt, *pair.completions]
+    values = set(_strings(everything, keys=False))
+    for name in _strings(everything):
+        if name not in values and (found := control.search(name)):
+            problem = f"names something after the control token {found[0]!r}"
+            raise bad(where, "tools or messages", problem, "Rename the key")
+    if any(MARKS.search(text) for text in _strings(everything)):
+        remedy = "Remove them, or the control token in the text"
+        raise bad(where, "prompt or completion", "holds U+F0000 or U+F0001 beside the text of a control token", remedy)
 
 
 class _Conversation:
@@ -95,7 +119,7 @@ class _Conversation:
             )
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise ValueError(
-                f"{self.where}: the chat template refuses these messages: {error}. Change their roles or order, or the "
+                f"{self.where}: the chat template refuses these messages: {clean(error)}. Change their roles or order, or the "
                 "template."
             ) from error
 
@@ -143,11 +167,16 @@ class _Conversation:
     def _cannot_tell(self, number: int) -> ValueError:
         return bad(
             self.where,
-            f"completion {number}",
+            completion_name(number, len(self.completions)),
             "has turns of others inside, and the chat template rewrites earlier turns, so it cannot be told which tokens are "
             "the assistant's",
             "Use a template with {% generation %} markers, or end the completion before the first turn of another role",
         )
+
+
+def completion_name(number: int, count: int) -> str:
+    """What an error calls a completion: its column where it has one of its own."""
+    return "chosen" if number == 0 else "rejected" if count == 2 else f"completion {number}"
 
 
 def _sanitizing(tokenizer: Any) -> Any:

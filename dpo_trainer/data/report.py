@@ -79,6 +79,7 @@ class DataReport:
     """
 
     name: str
+    source: str = ""  # the file or the dataset, where it is known
     streaming: bool = False
     rows: int = 0
     kept: int = 0
@@ -88,6 +89,10 @@ class DataReport:
     first_rows: dict[str, list[int]] = field(default_factory=lambda: {kind: [] for kind in [*DROPPED, *KEPT]})
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    @property
+    def label(self) -> str:
+        return labelled(self.name, self.source)
 
     @property
     def dropped(self) -> int:
@@ -127,13 +132,13 @@ class DataReport:
         """Raise where rows were dropped that the user wanted to hear of."""
         if too_long == "error" and self.counts["too_long"]:
             raise ValueError(
-                f"{self.name} has rows that --max_length, --max_prompt_length or --max_completion_length would cut: "
+                f"{self.label} has rows that --max_length, --max_prompt_length or --max_completion_length would cut: "
                 f"{self.line('too_long')}. Raise the limit, or choose --too_long truncate or drop."
             )
         if useless_pairs == "error" and self.dropped > self.counts["too_long"] + self.counts["duplicate"]:
             found = "; ".join(self.dropped_lines())
             raise ValueError(
-                f"{self.name} has pairs that teach nothing: {found}. Remove these rows, raise --max_length where there is "
+                f"{self.label} has pairs that teach nothing: {found}. Remove these rows, raise --max_length where there is "
                 "no room, or drop such pairs with --useless_pairs drop."
             )
 
@@ -141,7 +146,7 @@ class DataReport:
         if not self.kept:
             found = "; ".join(self.dropped_lines())
             raise ValueError(
-                f"No pair of {self.name} is left: {found}. Raise --max_length (or lower --max_prompt_length) where there "
+                f"No pair of {self.label} is left: {found}. Raise --max_length (or lower --max_prompt_length) where there "
                 "is no room; chosen and rejected must say something, and differ within --max_length and "
                 "--max_completion_length."
             )
@@ -171,24 +176,33 @@ def write_reports(reports: Mapping[str, DataReport], folder: Path) -> None:
     (folder / "data_report.json").write_text(json.dumps(everything, indent=2) + "\n")
 
 
+def labelled(name: str, source: str) -> str:
+    """ "train (pairs.jsonl)" """
+    return f"{name} ({source})" if source else name
+
+
 def report_table(reports: Sequence[DataReport]) -> str:
-    """One column per dataset; what happened in none of them is left out."""
+    """One column per dataset; what happened in none of them is left out. With many, the row numbers are left out too."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("data")
     for report in reports:
         table.add_column(Text(report.name + " (so far)" * report.streaming), justify="right")
-    for words, cells in _lines(reports):
+    for words, cells in _lines(reports, with_rows=len(reports) <= 2):
         table.add_row(words, *map(Text, cells))
     text = io.StringIO()
     Console(file=text, width=100_000, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
+    lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+    return "\n".join([*lines, *(f" {report.name}: {report.source}" for report in reports if report.source)])
 
 
-def _lines(reports: Sequence[DataReport]) -> Iterable[tuple[str, list[str]]]:
+def _lines(reports: Sequence[DataReport], *, with_rows: bool) -> Iterable[tuple[str, list[str]]]:
     yield "rows", [str(r.rows) for r in reports]
     for name, kind in DROPPED.items():
         if any(r.counts[name] for r in reports):
-            yield f"dropped: {kind.words}", [r.line(name) if r.counts[name] else "0" for r in reports]
+            yield (
+                f"dropped: {kind.words}",
+                [r.line(name) if with_rows and r.counts[name] else str(r.counts[name]) for r in reports],
+            )
     yield "kept", [str(r.kept) for r in reports]
     if any(r.pairs != r.kept or r.pairs_left_out for r in reports):
         yield "pairs", [str(r.pairs) for r in reports]

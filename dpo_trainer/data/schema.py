@@ -14,6 +14,7 @@ column, what is wrong and the way out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from .errors import bad
 from .implicit import split_texts
 from .messages import without_none
 from .ranking import is_number
+
+SERIALIZED = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 
 
 def form_of(row: Mapping[str, Any], where: str) -> str:
@@ -46,6 +49,9 @@ def pair_from_row(row: Mapping[str, Any], where: str) -> Pair:
     parts = find_parts(row, where)
     if _is_chat(row, parts):
         return pair_of_messages(row, parts, where)
+    if all(SERIALIZED.match(text) for text in parts.values.values()):
+        problem = "is the text of a list of messages, as a CSV file holds them"
+        raise bad(where, next(iter(parts.values)), problem, "Give lists: a .jsonl or .parquet file can hold them")
     for option in OPTIONS:
         if not _is_empty_json(row.get(option)):
             raise bad(where, option, "is for conversations, and this row is text", "Give messages")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 
-from .columns import check_columns
+from .columns import announce_unread, check_columns, read_columns
 from .mapping import BATCH, FEATURES, NOTES, PairMapper, facts_of
+from .needs import Needs
 from .options import DataOptions
-from .ranking import UnusableMargin, check_margins
 from .report import DataReport
 
 logger = logging.getLogger(__name__)
@@ -23,29 +23,32 @@ PATIENCE = 1000
 
 
 def prepare_stream(
-    dataset: IterableDataset, mapper: PairMapper, options: DataOptions, unusable_margin: UnusableMargin | None
+    dataset: IterableDataset, mapper: PairMapper, options: DataOptions, needs: Needs
 ) -> tuple[IterableDataset, DataReport]:
     """Nothing is read yet: the report fills as rows flow. Rows go through one to one, then the gate drops."""
     columns = dataset.column_names  # None where a stream does not know them before it is read
     if columns is not None:
-        check_columns(columns, mapper.name)
+        check_columns(columns, mapper.label)
+        announce_unread(columns, mapper.label)
     if options.deduplicate:
         raise ValueError(
-            f"--deduplicate would have to remember all of {mapper.name}, a stream: leave out --streaming or --deduplicate."
+            f"--deduplicate would have to remember all of {mapper.label}, a stream: leave out --streaming or --deduplicate."
         )
-    logger.info("%s is a stream: its pairs are tokenized, dropped and counted as they are read.", mapper.name)
+    logger.info("%s is a stream: its pairs are tokenized, dropped and counted as they are read.", mapper.label)
     if (options.dataset_num_proc or 1) > 1:
         logger.warning(
             "--dataset_num_proc %d does not apply to %s, a stream: use --dataloader_num_workers.",
             options.dataset_num_proc,
-            mapper.name,
+            mapper.label,
         )
-    report = DataReport(name=mapper.name, streaming=True)
-    stream = dataset.with_format(None).map(
-        mapper, batched=True, batch_size=BATCH, with_indices=True, remove_columns=columns
-    )
+    report = DataReport(name=mapper.name, source=mapper.source, streaming=True)
+    plain = dataset.with_format(None)
+    if columns is not None:
+        columns = read_columns(columns)  # what is the user's own is not even decoded
+        plain = plain.select_columns(columns)
+    stream = plain.map(mapper, batched=True, batch_size=BATCH, with_indices=True, remove_columns=columns)
     stream = stream.filter(
-        StreamGate(report=report, options=options, unusable_margin=unusable_margin),
+        StreamGate(report=report, options=options, needs=needs),
         input_columns=GATE_COLUMNS,
         with_indices=True,
         batched=True,
@@ -63,7 +66,7 @@ class StreamGate:
 
     report: DataReport
     options: DataOptions
-    unusable_margin: UnusableMargin | None
+    needs: Needs
 
     def __deepcopy__(self, memo: dict) -> StreamGate:
         """`interleave_datasets` copies its streams; their counts still belong into this report."""
@@ -77,8 +80,7 @@ class StreamGate:
         keep = self.report.add(facts_of(batch), numbers)
         if self.report.dropped > before:
             self._refuse_or_warn(before)
-        if self.unusable_margin is not None:
-            check_margins(batch["margin"], keep, numbers, self.report.name, self.unusable_margin)
+        self.needs.check(np.asarray(batch["largest_id"]), batch["margin"], keep, numbers, self.report.label)
         return keep.tolist()
 
     def _refuse_or_warn(self, before: int) -> None:
@@ -88,7 +90,7 @@ class StreamGate:
             self.report.refuse_empty()
         if not before or len(str(self.report.dropped)) > len(str(before)):
             lines = "; ".join(self.report.dropped_lines())
-            logger.warning("%s: %s, of %d rows so far.", self.report.name, lines, self.report.rows)
+            logger.warning("%s: %s, of %d rows so far.", self.report.label, lines, self.report.rows)
 
 
 class FilledStream(torch.utils.data.IterableDataset):

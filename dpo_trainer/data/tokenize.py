@@ -12,9 +12,10 @@ from typing import Any
 
 from ..batch import ONE_PAIR, Pair, Stretch
 from .encode import encode_from_one_head
+from .errors import clean
 from .implicit import shared_length
 from .messages import is_blank
-from .render import Rendered, control_tokens, render
+from .render import Rendered, completion_name, control_tokens, render
 from .report import Flag
 from .truncate import PairIds
 
@@ -49,7 +50,7 @@ def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: 
     except Exception as error:  # such as an unknown word without an UNK token, or half of a surrogate pair
         if len(rows) == 1:
             raise ValueError(
-                f"{where[0]}: the tokenizer refuses this text: {error}. Mend the text, or leave it out."
+                f"{where[0]}: the tokenizer refuses this text: {clean(error)}. Mend the text, or leave it out."
             ) from error
         return [_encode_rows(tokenizer, [row], [name], **how)[0] for row, name in zip(rows, where, strict=True)]
     return [next(ids) if isinstance(row.prompt, str) else row.all for row in rows]
@@ -63,6 +64,11 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
         ids[0] = _without_own_eos(ids[0], pair.prompt, tokenizer)
     prompt, wholes, edges = ids[0], ids[1 : 1 + count], iter(ids[1 + count :])
     end = min(shared_length(prompt, whole) for whole in wholes)
+    if texts.templated and not end:
+        raise ValueError(
+            f"{where}: what the chat template makes of the whole conversation does not begin with what it makes of the "
+            "prompt. Use a template that keeps the prompt in front of the answer."
+        )
     flags = Flag.MERGED_BOUNDARY * (end < len(prompt)) | Flag.CONTROL_TEXT * texts.control_text
     completions = [whole[end:] for whole in wholes]
     blank = [is_blank(completion) for completion in pair.completions]
@@ -70,7 +76,7 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
         if not blank[number]:
             check = _check_template_wrote if texts.templated else _ended
             completions[number] = check(
-                completions[number], text, tokenizer, f"{where}, column {_name(number, count)!r}"
+                completions[number], text, tokenizer, f"{where}, column {completion_name(number, count)!r}"
             )
     unscored = tuple(
         stretch
@@ -83,10 +89,6 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
     if not any(blank):
         return row
     return row.drop_pairs(lambda of: blank[of.chosen] or blank[of.rejected], Flag.EMPTY_COMPLETION)
-
-
-def _name(number: int, count: int) -> str:
-    return "chosen" if number == 0 else "rejected" if count == 2 else f"completion {number}"
 
 
 def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt_end: int) -> list[Stretch]:
@@ -110,9 +112,11 @@ def _ended(completion: list[int], text: Any, tokenizer: Any, where: str) -> list
 
 
 def _check_template_wrote(completion: list[int], text: Any, tokenizer: Any, where: str) -> list[int]:
-    if not completion:
+    """More than what stands around every answer; only a short one can be that alone."""
+    if len(completion) < 10 and not tokenizer.decode(completion, skip_special_tokens=True).strip():
         raise ValueError(
-            f"{where}: the chat template writes nothing for this completion. Use a template that writes assistant turns."
+            f"{where}: the chat template writes nothing for this completion. Use a template that writes assistant turns, and "
+            "what they hold (tool calls)."
         )
     return completion
 

@@ -41,8 +41,8 @@ def _integers(value: Any, count: int) -> bool:
 def example_id_from_row(row: Mapping[str, Any], where: str) -> int | None:
     """The id that the row brings along."""
     example_id = row.get("example_id")
-    if example_id is not None and (isinstance(example_id, bool) or not isinstance(example_id, int)):
-        raise bad(where, "example_id", f"is {example_id!r}", "Give an integer, or remove the column")
+    if example_id is not None and (type(example_id) is not int or not -(2**63) <= example_id < 2**63):
+        raise bad(where, "example_id", f"is {example_id!r:.40}", "Give an integer of 64 bits, or remove the column")
     return example_id
 
 
@@ -51,11 +51,13 @@ def _token_ids(value: Any, where: str, column: str) -> list[int]:
     remedy = "Give at least one token id, each an integer of at least 0"
     if value is None or not isinstance(value, list | tuple) or not len(value):
         raise bad(where, column, "is None" if value is None else f"is {value!r:.40}", remedy)
+    if any(isinstance(item, list | tuple) for item in value):
+        raise bad(where, column, "is nested", remedy)
     try:
-        ids = np.asarray(value)
+        ids = np.asarray(value) if set(map(type, value)) == {int} else np.empty(0)
     except (ValueError, OverflowError):
-        raise bad(where, column, "is nested, or beyond all integers", remedy) from None
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise bad(where, column, "holds a number beyond all integers", remedy) from None
+    if not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
         raise bad(where, column, f"holds something else than token ids: {value!r:.60}", remedy)
     return list(value)
 

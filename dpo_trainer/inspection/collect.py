@@ -85,7 +85,7 @@ class Collection:
 
     def _flagged_if_repeated(self, row: Row) -> Row:
         """With --deduplicate, as training does it: by what is left within the limits."""
-        if self._contents is None:
+        if self._contents is None or row.cut.flags & training.USELESS:
             return row
         content = content_id(row.cut)
         if content in self._contents:

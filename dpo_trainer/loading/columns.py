@@ -77,15 +77,14 @@ def rename_columns(dataset: T, mapping: Mapping[str, str], flag: str = "--column
     """The dataset with its columns under our names. A column of that name which it has already is left out."""
     if not mapping:
         return dataset
-    columns = dataset.column_names
-    if columns is None:  # a stream of JSON rows: known only when a row is read
+    for ours, theirs in mapping.items():
+        if dataset.column_names is not None and theirs not in dataset.column_names:
+            raise ValueError(_no_column(flag, ours, theirs, name_of(dataset), list(dataset.column_names)))
+    if dataset.column_names is None or _is_stream_of_json(dataset):
         renamer = RowRenamer(dict(mapping), name_of(dataset), flag)
         return dataset.map(renamer, with_indices=True, remove_columns=[*mapping.values(), *mapping])
-    for ours, theirs in mapping.items():
-        if theirs not in columns:
-            raise ValueError(_no_column(flag, ours, theirs, name_of(dataset), list(columns)))
     mapping = {ours: theirs for ours, theirs in mapping.items() if ours != theirs}
-    replaced = [ours for ours in mapping if ours in columns and ours not in mapping.values()]
+    replaced = [ours for ours in mapping if ours in dataset.column_names and ours not in mapping.values()]
     if replaced:
         _say_replaced(replaced, mapping, name_of(dataset))
         dataset = dataset.remove_columns(replaced)
@@ -94,6 +93,11 @@ def rename_columns(dataset: T, mapping: Mapping[str, str], flag: str = "--column
     if aside:
         dataset = dataset.rename_columns(aside)
     return dataset.rename_columns({aside.get(theirs, theirs): ours for ours, theirs in mapping.items()})
+
+
+def _is_stream_of_json(dataset: Dataset | IterableDataset) -> bool:
+    """`rename_columns` of a stream would read a column of type `Json` twice: the string "42" as JSON, a number."""
+    return isinstance(dataset, IterableDataset) and "Json(" in repr(dataset.features)
 
 
 @dataclass(frozen=True)

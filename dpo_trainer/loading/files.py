@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_dataset_builder
 from datasets.data_files import EmptyDatasetError
 
 from .csv_rows import csv_columns, read_csv_rows
 from .json_rows import read_json_rows
 from .names import listing
-from .parquet_rows import check_utf8, parquet_schema, read_parquet_rows
+from .parquet_rows import check_utf8, parquet_features, read_parquet_rows
 from .tables import no_rows, table_of_rows
 
 logger = logging.getLogger(__name__)
@@ -61,9 +60,9 @@ def splits_of_folder(
             f"The folder {str(folder)!r} has no dataset in it ({listing(folder)}). Put files there that end in one of {', '.join(READERS)}."
         ) from error
     except Exception as error:  # a README that is no YAML, one with several configurations, a folder without files ...
-        reason = str(error).partition("\nExample of usage")[0]
+        reason = " ".join(str(error).partition("\nExample of usage")[0].split()).rstrip(".")
         raise ValueError(
-            f"The folder {str(folder)!r} cannot be read as a dataset: {reason} Give one of its files; or mend its README, "
+            f"The folder {str(folder)!r} cannot be read as a dataset: {reason}. Give one of its files; or mend its README, "
             "and where that names configurations, give one of them as --dataset_config."
         ) from error
     if builder.name not in (*READERS.values(), "arrow"):
@@ -100,15 +99,15 @@ def _read(
         return {split: _csv(paths, streaming, tuple(numbers)) for split, paths in files.items()}
     paths = [path for of_split in files.values() for path in of_split]
     if reader == "parquet":
-        schema = parquet_schema(paths)
+        features = parquet_features(paths)
         if streaming:
-            return {split: _parquet_stream(paths, schema) for split, paths in files.items()}
+            return {split: _parquet_stream(paths, features) for split, paths in files.items()}
     try:
         splits = load_dataset(reader, data_files=dict(files), streaming=streaming)
     except Exception as error:  # whatever the libraries below say to a file of untrusted content
         raise ValueError(
             f"{', '.join(paths)} cannot be read as {reader}: {error.__cause__ or error or 'it has no rows'}. "
-            "It needs at least one row, and the same columns in every file, of plain types: remove or convert others."
+            "It needs at least one row, and the same columns in every file."
         ) from error
     if not streaming:
         for split, rows in splits.items():
@@ -152,7 +151,5 @@ def _check_first_row(rows: Iterator[dict[str, Any]], paths: list[str]) -> None:
         raise ValueError(no_rows(paths))
 
 
-def _parquet_stream(paths: list[str], schema: pa.Schema) -> IterableDataset:
-    return IterableDataset.from_generator(
-        read_parquet_rows, gen_kwargs={"files": paths}, features=Features.from_arrow_schema(schema)
-    )
+def _parquet_stream(paths: list[str], features: Features) -> IterableDataset:
+    return IterableDataset.from_generator(read_parquet_rows, gen_kwargs={"files": paths}, features=features)

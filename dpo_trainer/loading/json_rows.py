@@ -68,16 +68,19 @@ def _array_rows(file: str, text: str) -> Iterator[Row]:
     """The text is held whole, its rows one at a time."""
     check_text(text, file)
     at = _after_space(text, _after_space(text, 0) + 1)
-    number = 0
-    while not text.startswith("]", at):
+    more = not text.startswith("]", at)
+    number, line, counted = 0, 1, 0
+    while more:
         value, end = _next_value(file, text, at, "The file starts as one array, [{...}, {...}]")
-        yield _checked(value, text[at:end], f"{file}, row {number} of the array (line {_line_of(text, at)})")
-        number += 1
+        line += text.count("\n", counted, at)
+        yield _checked(value, text[at:end], f"{file}, row {number} of the array (line {line})")
+        number, counted = number + 1, at
         at = _after_space(text, end)
-        if text.startswith(",", at):
+        more = text.startswith(",", at)
+        if more:
             at = _after_space(text, at + 1)
-        elif not text.startswith("]", at):
-            _misplaced(file, text, at, "',' or ']' expected after a row of the array")
+    if not text.startswith("]", at):
+        _misplaced(file, text, at, "',' or ']' expected after a row of the array")
     if (rest := _after_space(text, at + 1)) < len(text):
         _misplaced(file, text, rest, "something follows the array")
 
@@ -85,9 +88,12 @@ def _array_rows(file: str, text: str) -> Iterator[Row]:
 def _object_rows(file: str, text: str) -> Iterator[Row]:
     check_text(text, file)
     at = _after_space(text, 0)
+    line, counted = 1, 0
     while at < len(text):
         value, end = _next_value(file, text, at, "The file starts with an object over several lines")
-        yield _checked(value, text[at:end], f"{file}, line {_line_of(text, at)}")
+        line += text.count("\n", counted, at)
+        yield _checked(value, text[at:end], f"{file}, line {line}")
+        counted = at
         at = _after_space(text, end)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Features
 
 BLOCK = 256
 """Rows in memory at a time."""
@@ -14,23 +15,28 @@ BLOCK = 256
 AGAIN = "Download or write it again, and check that you may read it."
 
 
-def parquet_schema(files: list[str]) -> pa.Schema:
-    """Of all files, which must have the same columns. Reads only their ends, where they say what is in them."""
+def parquet_features(files: list[str]) -> Features:
+    """The types of all files, which must have the same columns. Reads only their ends, where they say what is in them."""
     schemas = [_schema(file) for file in files]
     for file, schema in zip(files, schemas, strict=True):
         if set(schema.names) != set(schemas[0].names):
             raise ValueError(
                 f"{file} has the columns {', '.join(schema.names)}, and {files[0]} has {', '.join(schemas[0].names)}. Files "
-                "of one split need the same: rename or remove some, or list the files as a mixture (datasets:)."
+                "of one dataset need the same: rename or remove some, or list the files as a mixture (datasets:)."
             )
-    return schemas[0]
+    try:
+        return Features.from_arrow_schema(schemas[0])
+    except ValueError as error:
+        raise ValueError(
+            f"{files[0]} has a column of a type that datasets cannot hold: {str(error).rstrip('.')}. Remove or convert it."
+        ) from error
 
 
 def _schema(file: str) -> pa.Schema:
     try:
         metadata, schema = pq.read_metadata(file), pq.read_schema(file)
     except Exception as error:  # not a Parquet file, cut off, not to be read
-        raise ValueError(f"{file} cannot be read as parquet: {error} {AGAIN}") from error
+        raise ValueError(f"{file} cannot be read as parquet: {str(error).rstrip('.')}. {AGAIN}") from error
     if not metadata.num_rows:
         raise ValueError(f"{file} cannot be read as parquet: it has no rows. Remove it, or write it again.")
     return schema

@@ -39,7 +39,6 @@ class Case:
     tokenizer: Any = field(default_factory=tokenizer)
     options: Mapping[str, Any] = field(default_factory=dict)
     ways: Sequence[str] = BOTH
-    known: Mapping[str, str] = field(default_factory=dict)  # way: what is still wrong there
     names_file: bool = True  # False: what is wrong is not in a file
 
 
@@ -53,9 +52,9 @@ class Prepared:
     tokenizer: Any
 
 
-def refused(make: Make, wrong: str, remedy: str, *, at: str | None = None, known: Any = None, **how: Any) -> Case:
-    """An input that stops the run, saying what is wrong and what to do (patterns). `known`: a reason, or {way: reason}."""
-    return Case(make=make, at=at, said=(wrong, remedy), known=_by_way(known), **how)
+def refused(make: Make, wrong: str, remedy: str, *, at: str | None = None, **how: Any) -> Case:
+    """An input that stops the run, saying what is wrong and what to do (patterns)."""
+    return Case(make=make, at=at, said=(wrong, remedy), **how)
 
 
 def refused_row(make: Make, wrong: str, remedy: str, **how: Any) -> Case:
@@ -63,13 +62,9 @@ def refused_row(make: Make, wrong: str, remedy: str, **how: Any) -> Case:
     return refused(make, wrong, remedy, at="Row 1", **how)
 
 
-def becomes(make: Make, check: Callable[[Prepared], None], *, known: Any = None, **how: Any) -> Case:
+def becomes(make: Make, check: Callable[[Prepared], None], **how: Any) -> Case:
     """An input of which a documented behaviour is expected."""
-    return Case(make=make, check=check, known=_by_way(known), **how)
-
-
-def _by_way(known: Any) -> Mapping[str, str]:
-    return dict.fromkeys(BOTH, known) if isinstance(known, str) else known or {}
+    return Case(make=make, check=check, **how)
 
 
 # --- inputs ---

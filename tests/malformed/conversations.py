@@ -33,7 +33,6 @@ from .case import (
 A_NAME = "Give a name of letters and digits, such as user or assistant"
 ROLE_AND_CONTENT = "A message needs role and content"
 LONG = "x" * 2_000_000
-TOO_LONG = "an error of 2 MB"
 
 
 def says(role, content="x"):
@@ -65,7 +64,6 @@ ROLES = {
         prompt(user("q"), says("assistent"), user("r")),
         "assistent",
         "Did you mean 'assistant'",
-        known="data/messages.py: passes any name on; most templates leave such a turn out or write it as another",
     ),
     "that only the template knows": becomes(
         prompt(says("critic", "Hm.")), gives(["<|critic|>Hm.", EOS, ASSISTANT], SO, NO)
@@ -97,7 +95,6 @@ ROLES = {
         second(SHAREGPT, conversations=[{"from": LONG, "value": "x"}]),
         "is from 'xxx",
         "Known: human",
-        known=f"data/messages.py: {TOO_LONG}",
     ),
     "ShareGPT, human in a completion": refused_row(
         second(SHAREGPT, rejected=human("x")), "'rejected': starts with a 'user' turn", "Move the turns"
@@ -131,7 +128,6 @@ MESSAGES = {
         prompt(user([{"type": "text"}])),
         "text part.*(without|no|lacks) .?text",
         "Give|Only",
-        known="data/messages.py: refuses a part of type 'text' because only parts of type 'text' can be trained on",
     ),
     "content text parts": becomes(
         prompt(user([{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}])), gives(ASKED, SO, NO)
@@ -158,13 +154,11 @@ MESSAGES = {
         prompt(user("x"), {"role": "assistant", "tool_calls": "f()"}, user("y")),
         r"'prompt\[1\]': .*tool_calls",
         "Give",
-        known=CALLS,
     ),
     "tool_calls of numbers": refused_row(
         prompt(user("x"), {"role": "assistant", "content": "", "tool_calls": [7]}, user("y")),
         r"'prompt\[1\]': .*tool_calls",
         "Give",
-        known=CALLS,
     ),
     "mixed spellings": becomes(second(SHAREGPT, chosen=[assistant("x")]), gives(ASKED, ["x", EOS], NO)),
     "role and value": refused_row(
@@ -177,11 +171,8 @@ MESSAGES = {
         prompt({"\x1b[31m": 1}),
         r"it has: .*31m",
         ROLE_AND_CONTENT,
-        known="data/messages.py: writes them to the terminal",
     ),
-    "a key of 2 MB": refused_row(
-        prompt({LONG: 1}), "it has: .?xxx", ROLE_AND_CONTENT, known=f"data/messages.py: {TOO_LONG}"
-    ),
+    "a key of 2 MB": refused_row(prompt({LONG: 1}), "it has: .?xxx", ROLE_AND_CONTENT),
     "completions that repeat the prompt": refused_row(
         chosen(user("Why?"), assistant("x")), "starts with a 'user' turn", "remove the column 'prompt'"
     ),
@@ -197,7 +188,6 @@ WRITES_TOOLS = "{% if tools %}<|system|>{{ tools | tojson }}<eos>{% endif %}" + 
 TOOLS = TALK | {"tools": [{"type": "function"}]}
 KWARGS = TALK | {"chat_template_kwargs": {"thinking": False}}
 JSON_OF = "Give a .*, its JSON, or None"
-FOR_THE_PIPELINE = "data/conversation.py: not among the names that a row may not set"
 
 
 def tools(value):
@@ -208,9 +198,9 @@ def kwargs(value):
     return second(KWARGS, chat_template_kwargs=value)
 
 
-def sets(name, value, known=None):
+def sets(name, value):
     return refused_row(
-        kwargs({name: value}), f"'chat_template_kwargs': sets {name}, which is set for you", "Remove it", known=known
+        kwargs({name: value}), f"'chat_template_kwargs': sets {name}, which is set for you", "Remove it"
     )
 
 
@@ -227,7 +217,6 @@ OPTIONS = {
         "'tools'.*(surrogate|half of a character)",
         "Write|Mend",
         tokenizer=tokenizer(WRITES_TOOLS),
-        known="data/conversation.py: the tokenizer says TextEncodeInput must be Union[...]",
     ),
     "tools empty": becomes(tools([]), gives(ASKED, SO, NO), tokenizer=tokenizer(WRITES_TOOLS)),
     "tools as JSON": becomes(
@@ -237,15 +226,15 @@ OPTIONS = {
     "kwargs a list": refused_row(kwargs([1]), "'chat_template_kwargs': is of type list", JSON_OF),
     "kwargs of ours": sets("add_generation_prompt", True),
     "kwargs tokenize": sets("tokenize", True),
-    "kwargs chat_template": sets("chat_template", "{{ messages[0].content }}", FOR_THE_PIPELINE),
-    "kwargs messages": sets("messages", [], FOR_THE_PIPELINE),
-    "kwargs truncation": sets("truncation", True, FOR_THE_PIPELINE),
-    "kwargs max_length": sets("max_length", 3, FOR_THE_PIPELINE),
-    "kwargs padding": sets("padding", "max_length", FOR_THE_PIPELINE),
-    "kwargs return_tensors": sets("return_tensors", "pt", FOR_THE_PIPELINE),
-    "kwargs sanitize_control_tokens": sets("sanitize_control_tokens", False, FOR_THE_PIPELINE),
-    "kwargs tokenizer_kwargs": sets("tokenizer_kwargs", {"truncation": True}, FOR_THE_PIPELINE),
-    "kwargs eos_token": sets("eos_token", "", FOR_THE_PIPELINE),
+    "kwargs chat_template": sets("chat_template", "{{ messages[0].content }}"),
+    "kwargs messages": sets("messages", []),
+    "kwargs truncation": sets("truncation", True),
+    "kwargs max_length": sets("max_length", 3),
+    "kwargs padding": sets("padding", "max_length"),
+    "kwargs return_tensors": sets("return_tensors", "pt"),
+    "kwargs sanitize_control_tokens": sets("sanitize_control_tokens", False),
+    "kwargs tokenizer_kwargs": sets("tokenizer_kwargs", {"truncation": True}),
+    "kwargs eos_token": sets("eos_token", ""),
     "kwargs the template does not read": becomes(kwargs({"class": 1, "": 2, "a b": 3}), gives(ASKED, SO, NO)),
     "system a number": refused_row(
         second(TALK | {"system": "x"}, system=7), "'system': is of type int", "Give a string"
@@ -289,13 +278,11 @@ TEMPLATES = {
         "{{ raise_exception(messages[0].content) }}",
         "refuses these messages: xxx",
         make=lines(TALK | {"prompt": [user(LONG)]}),
-        known=f"data/render.py: {TOO_LONG}",
     ),
     "that repeats control characters in its error": with_template(
         "{{ raise_exception(messages[0].content) }}",
         "refuses these messages: .*31m",
         make=lines(TALK | {"prompt": [user("\x1b[31m")]}),
-        known="data/render.py: writes them to the terminal",
     ),
     "that writes nothing": with_template(
         " ", "'chosen': the chat template writes nothing", "Use a template that writes"
@@ -310,13 +297,11 @@ TEMPLATES = {
         "'chosen': the chat template writes nothing",
         "Use a template that writes",
         make=lines(TALK | {"chosen": [CALL]}),
-        known="data/tokenize.py: EOS alone counts as something",
     ),
     "that writes only the last turn": with_template(
         "{{ messages[-1].content }}",
         "prompt",
         "template",
-        known="data/tokenize.py: the prompt is lost, and counted as one that ends inside a token",
     ),
     "that rewrites earlier turns": with_template(
         LAST_ONLY, "turns of others inside", "Use a template with {% generation %} markers", make=TURNS_OF_OTHERS

@@ -48,7 +48,7 @@ JSON = {
     "line of null": line("null", "got NoneType", AN_OBJECT),
     "line of NaN": line("NaN", "got float", AN_OBJECT),
     "line of Infinity": line("-Infinity", "got float", AN_OBJECT),
-    "line of an empty object": line("{}", "row|empty", AN_OBJECT, known=None),
+    "line of an empty object": line("{}", "row|empty", AN_OBJECT),
     "line of Python": line("{'prompt': 'x'}", "not valid JSON"),
     "line of a comment": line("// x", "not valid JSON"),
     "line of HTML": line("<p>Not found</p>", "not valid JSON"),
@@ -230,10 +230,7 @@ OTHER_FILES = {
         parquet(PLAIN | {"prompt": BYTES}), "'prompt': is of type bytes", "Give a string", at="Row 0"
     ),
     "parquet of strings that are not UTF-8": refused(
-        parquet(PLAIN | {"prompt": NOT_UTF8}),
-        "UTF-8",
-        "Write|Save|Mend",
-        known="loading/files.py: UnicodeDecodeError of pyarrow",
+        parquet(PLAIN | {"prompt": NOT_UTF8}), "UTF-8", "Write|Save|Mend"
     ),
     "parquet of None": refused(
         parquet(PLAIN | {"chosen": pa.nulls(2)}), "'chosen': is None", "Fill it in", at="Row 0"
@@ -252,14 +249,11 @@ OTHER_FILES = {
         ),
         gives(WHY, SO, NO),
     ),
-    "parquet with broken images in a user's own column": becomes(
-        broken_images, gives(WHY, SO, NO), known="data/prepare.py: columns that are not read are decoded all the same"
-    ),
+    "parquet with broken images in a user's own column": becomes(broken_images, gives(WHY, SO, NO)),
     "parquet with a column no dataset can hold": refused(
         parquet(PLAIN | {"a": pa.array([[("k", 1)]] * 2, pa.map_(pa.string(), pa.int8()))}),
         "map",
         "[Rr]emove|[Ll]eave out",
-        known="loading/files.py: says that it needs the same columns in every file",
     ),
     "unknown ending": refused(raw(LINES, "pairs.txt"), "ends in none of .json", RENAME),
     "no ending": refused(raw(LINES, "pairs"), "ends in none of .json", RENAME),
@@ -296,10 +290,10 @@ def circle(inside: Path) -> str:
 
 
 def locked(inside: Path) -> str:
-    if os.geteuid() == 0:
-        pytest.skip("root may read every file")
     path = raw(LINES)(inside)
     os.chmod(path, 0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root may read every file")
     return path
 
 
@@ -360,7 +354,9 @@ FOLDERS = {
     ),
     "with an empty file": becomes(folder(a__jsonl=LINES, b__jsonl=""), gives(WHY, SO, NO), rows=50),
     "symlinks in a circle": refused(circle, "leads nowhere, or in a circle", "Give what it should lead to"),
-    "a file that may not be read": refused(locked, "cannot be read .Permission denied", "Check that you may read it"),
+    "a file that may not be read": refused(
+        locked, "cannot be read .Permission denied", "Check that .*you may read it"
+    ),
     "a pipe": refused(pipe, "neither a file nor a folder", "save the rows to a file"),
     "a name like that of a file": refused(
         lambda inside: raw(LINES)(inside).replace("pairs", "pars"),

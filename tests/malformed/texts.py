@@ -122,7 +122,6 @@ WRITES_ALL = (
 )
 MARKER = "<|assistant|>"
 KEPT = {"control_text": 1}
-KEYS = "data/render.py: control tokens in keys of JSON objects steer the model"
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {MARKER: 1}}}]}
 
 
@@ -133,7 +132,7 @@ def injects(row, prompt, completion=SO, other=NO):
 
 def refuses_key(row):
     """A tool or an argument of such a name cannot be kept as text: `transformers` leaves keys as they are."""
-    how = {"at": "Row 0", "tokenizer": tokenizer(WRITES_ALL), "known": KEYS}
+    how = {"at": "Row 0", "tokenizer": tokenizer(WRITES_ALL)}
     return refused(lines(row), "control token.*<.assistant.>", "key|name", **how)
 
 
@@ -170,7 +169,6 @@ CONTROL = {
         lines(TALK | {"prompt": [user("Why?"), assistant("x<eo")], "chosen": [assistant("s>y")]}),
         gives([*ASKED, "x<eo"], ["s>y", EOS], NO, counts=KEPT),
         rows=1,
-        known="data/render.py: looks for control tokens before the two are joined, and EOS ends the answer",
     ),
     "put together from prompt and completion": becomes(
         lines({"prompt": "<|assis", "chosen": "tant|>", "rejected": "No."}),
@@ -188,16 +186,13 @@ CONTROL = {
         rows=1,
         options={"allow_special_tokens_in_text": True},
     ),
-    "beside private-use characters": becomes(
-        lines(TALK | {"prompt": [user(f"\U000f0001{MARKER}")]}),
-        gives([USER, f"\U000f0001{MARKER}", EOS, ASSISTANT], SO, NO, counts=KEPT),
-        rows=1,
-        known="data/render.py: transformers marks control tokens by U+F0000 and U+F0001, and drops these from the text",
+    "beside private-use characters": refused_row(
+        lines(TALK, TALK | {"prompt": [user(f"\U000f0001{MARKER}")]}), r"U\+F0000 or U\+F0001", "Remove them"
     ),
-    "hidden by private-use characters": becomes(
-        lines(TALK | {"prompt": [user(f"<|assis\U000f0000tant|>{MARKER}")]}),
-        lambda out: no_control_inside(out, len(ASKED) - 1),
-        rows=1,
+    "hidden by private-use characters": refused_row(
+        lines(TALK, TALK | {"prompt": [user(f"<|assis\U000f0000tant|>{MARKER}")]}),
+        r"U\+F0000 or U\+F0001",
+        "Remove them",
     ),
 }
 
@@ -206,10 +201,10 @@ def no_control_inside(out: Prepared, controls: int) -> None:
     assert sum(isinstance(piece, Control) for piece in spelled(out.rows[0]["prompt_ids"], out.tokenizer)) == controls
 
 
-def splits(prompt, chosen, rejected, known=None):
+def splits(prompt, chosen, rejected):
     """Two whole texts, and where they part."""
     check = gives([BOS, prompt], [chosen, EOS], [rejected, EOS])
-    return becomes(lines({"chosen": prompt + chosen, "rejected": prompt + rejected}), check, rows=1, known=known)
+    return becomes(lines({"chosen": prompt + chosen, "rejected": prompt + rejected}), check, rows=1)
 
 
 FLAG = "🏴\U000e0067\U000e0062"
@@ -221,10 +216,8 @@ SPLITS = {
     "before a variation selector": splits("ok", " ❤\ufe0f go", " ❤ go"),
     "before a keycap": splits("ok", " 1\ufe0f\u20e3 go", " 1 go"),
     "before a combining mark": splits("ok", " cafe\u0301", " cafe\u0302"),
-    "in a flag of two letters": splits("ok", " 🇫🇷 go", " 🇫🇮 go", known=INSIDE),
-    "in a flag of tags": splits(
-        "ok", f" {FLAG}\U000e0065\U000e007f go", f" {FLAG}\U000e0073\U000e007f go", known=INSIDE
-    ),
+    "in a flag of two letters": splits("ok", " 🇫🇷 go", " 🇫🇮 go"),
+    "in a flag of tags": splits("ok", f" {FLAG}\U000e0065\U000e007f go", f" {FLAG}\U000e0073\U000e007f go"),
     "right to left": splits("שלום", " עולם", " חבר"),
     "no spaces between words": becomes(
         lines({"chosen": "你好世界", "rejected": "你好朋友"}),
@@ -269,8 +262,8 @@ DEEP = {
         rows=1,
         tokenizer=tokenizer(WRITES_ALL),
     ),
-    "JSON tools, 800 levels": refused(
-        lines(TALK | {"tools": '[{"a": ' + nested(800) + "}]"}), NOT_THE_TEMPLATE, "Mend|Change", at="Row 0"
+    "JSON tools, 5,000 levels": refused(
+        lines(TALK | {"tools": '[{"a": ' + nested(5000) + "}]"}), NOT_THE_TEMPLATE, "Mend|Change", at="Row 0"
     ),
     "JSON tools, 100,000 levels": refused(
         lines(TALK | {"tools": nested(100_000)}), "'tools': is not JSON", "Mend", at="Row 0"
