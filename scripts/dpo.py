@@ -46,6 +46,7 @@ def build(script: ScriptArguments, model: ModelArguments, config: DPOConfig) -> 
     import torch
 
     from dpo_trainer import DPOTrainer
+    from dpo_trainer.cli.data import load_data
     from dpo_trainer.loading import load_tokenizer, make_quantization_config
 
     assert model.model_name_or_path is not None
@@ -70,24 +71,6 @@ def build(script: ScriptArguments, model: ModelArguments, config: DPOConfig) -> 
         ),
         peft_config=make_peft_config(model),
     )
-
-
-def load_data(script: ScriptArguments, seed: int) -> tuple[Any, Any]:
-    """What to train on and what to evaluate on (None for nothing): datasets, or lists of them for a mixture."""
-    from dpo_trainer.loading import load_dataset_splits, load_mixture
-
-    which: dict[str, Any] = {
-        "train_split": script.dataset_train_split,
-        "test_split": script.dataset_test_split,
-        "test_split_size": script.test_split_size,
-        "eval_name_or_path": script.eval_dataset,
-        "streaming": script.streaming,
-        "seed": seed,
-    }
-    if script.datasets is not None:
-        return load_mixture(script.datasets, **which)
-    assert script.dataset_name is not None  # parse_args refuses neither
-    return load_dataset_splits(script.dataset_name, config=script.dataset_config, columns=script.columns, **which)
 
 
 def run(trainer: DPOTrainer, config: DPOConfig) -> None:

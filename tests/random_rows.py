@@ -14,6 +14,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from tiny_tokenizers import SPECIAL, byte_bpe
 
+from dpo_trainer.data.implicit import split_texts
+
 PLAIN = byte_bpe()
 BOS, EOS, ASSISTANT = (SPECIAL.index(token) for token in ("<bos>", "<eos>", "<|assistant|>"))
 
@@ -73,7 +75,7 @@ def tell_text(prompt: str, completions: Sequence[str], pairs: list, *, bos: bool
     )
 
 
-TEXT_FORMS = ("text", "joint", "rejected list", "ranked", "transcript")
+TEXT_FORMS = ("text", "joint", "rejected list", "ranked", "transcript", "implicit")
 
 
 @st.composite
@@ -89,6 +91,14 @@ def text_rows(draw: Callable, *, bos: bool = False, form: str | None = None) -> 
         chosen, rejected = draw(said_texts), draw(said_texts)
         assume(chosen[:1] != rejected[:1] and "\n\nAssistant:" not in chosen + rejected)
         row, completions = {"chosen": prompt + chosen, "rejected": prompt + rejected}, [chosen, rejected]
+    elif form == "implicit":
+        row = {name: prompt + draw(said_texts) for name in ("chosen", "rejected")}
+        prompt, *completions = split_texts(**row)  # test_schema.py has its own tests of where it splits
+        assume(
+            all(
+                has_control(text) == (has_control(prompt) or has_control(text[len(prompt) :])) for text in row.values()
+            )
+        )
     else:
         row, completions = draw(completions_of(said_texts, form))
         row["prompt"] = prompt
@@ -189,7 +199,9 @@ def prompts(draw: Callable) -> list[Turn]:
     ]
 
 
-CHAT_FORMS = ("pair", "rejected list", "ranked", "implicit", "strings", "system", "continued", "joint")
+SHORT_FORMS = ("implicit", "strings", "string prompt", "one message", "joint")
+"""Those whose completions are one turn each."""
+CHAT_FORMS = ("pair", "rejected list", "ranked", "system", "continued", *SHORT_FORMS)
 
 
 @st.composite
@@ -198,7 +210,7 @@ def chat_rows(draw: Callable, *, form: str | None = None, spelling: str | None =
     spelling = spelling or draw(st.sampled_from([*SPELLINGS]))
     spell = SPELLINGS[spelling]
     prompt = draw(prompts())
-    many = form not in ("implicit", "strings", "joint") and draw(st.booleans())
+    many = form not in SHORT_FORMS and draw(st.booleans())
     row, completions = draw(completions_of(several_turns if many else single, form))
     if form == "continued":
         # The full stop: no token of an answer takes a part of what the prompt has said.
@@ -207,13 +219,17 @@ def chat_rows(draw: Callable, *, form: str | None = None, spelling: str | None =
         start, *contents = draw(st.sampled_from(JOINTS))
         prompt, completions = [*prompt, ("assistant", start)], [[("assistant", content)] for content in contents]
         row = dict(zip(("chosen", "rejected"), completions))
+    if form == "string prompt":
+        prompt = [("user", draw(texts))]
     told = tell_talk(prompt, completions, pairs_of(row, len(completions)))
 
     def spelt(value: Any) -> Any:
         """A completion, or a list of several."""
-        if isinstance(value[0], tuple):
-            return "".join(c for _, c in value) if form == "strings" else [spell(turn) for turn in value]
-        return [spelt(item) for item in value]
+        if not isinstance(value[0], tuple):
+            return [spelt(item) for item in value]
+        if form == "strings":
+            return value[0][1]
+        return spell(value[0]) if form == "one message" else [spell(turn) for turn in value]
 
     row |= {name: spelt(row[name]) for name in ("chosen", "rejected", "completions") if name in row}
     if form == "implicit":
@@ -223,6 +239,8 @@ def chat_rows(draw: Callable, *, form: str | None = None, spelling: str | None =
         (_, system), *rest = prompt if prompt[0][0] == "system" else [("system", ""), *prompt]
         row |= {"system": system or None, "prompt": [spell(turn) for turn in rest]}
         told = tell_talk(rest if not system else prompt, completions, pairs_of(row, len(completions)))
+    elif form == "string prompt":
+        row["prompt"] = prompt[0][1]
     else:
         row["conversations" if spelling == "sharegpt" else "prompt"] = [spell(turn) for turn in prompt]
     return Example(row, told)

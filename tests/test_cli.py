@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_trainer.cli import make_peft_config, merged_init_kwargs, parse_args
+from dpo_trainer.cli.data import load_data
 from dpo_trainer.loading.mixture import parse_mixture
 
 ROOT = Path(__file__).parents[1]
@@ -361,9 +362,8 @@ def test_a_mixture_of_files_with_other_columns(tmp_path, options, data_folder, s
     assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
 
 
-def test_what_the_script_loads(options, data_folder):
+def test_what_the_script_loads(data_folder):
     """A list for a mixture, one dataset else; and the rows to evaluate on go the same way."""
-    load_data = load_script().load_data
     model = ["--model_name_or_path", "m"]
     one = parse(*model, "--dataset_name", str(data_folder), "--columns", "chosen=rejected,rejected=chosen")[0]
     train, test = load_data(one, seed=1)

@@ -266,6 +266,11 @@ def test_order_and_content_survive_batches_shards_and_ranks():
             assert report.dropped == sum(report.counts[kind] for kind in DROPPED) == report.rows - report.kept
             assert report.pairs == sum(len(row["pairs"]) for row in rows)
             assert report.prompt_tokens + report.completion_tokens == sum(row["length"] for row in rows)
+        everything, _ = prepare(table, DataOptions(disable_tqdm=True))
+        for row in everything:
+            useful, used = want_kept(batch[row["example_id"]].told)
+            assert row["margin"] == [margin for _, _, margin in useful if margin is not None]
+            assert (len(row["pairs"]), 2 + len(row["more_ids"])) == (len(useful), len(used))
         for size in (1, 3):
             with patch("dpo_trainer.data.prepare.BATCH", size), patch("dpo_trainer.data.stream.BATCH", size):
                 again, report_again = prepare(table, options)

@@ -86,9 +86,10 @@ def test_text_parts_are_joined(parts, text):
     ("part", "kind"),
     [
         ({"type": "image_url", "image_url": {"url": "u"}}, "'image_url'"),
-        ({"type": "text", "text": None}, "'text'"),
-        ({"type": "text", "text": 3}, "'text'"),
-        ({}, "None"),
+        ({"type": None, "image": "u", "text": None}, None),
+        ({"type": "text", "text": None}, None),
+        ({"type": "text", "text": 3}, None),
+        ({}, None),
         ("a", "'str'"),
         (None, "'NoneType'"),
     ],
@@ -96,14 +97,37 @@ def test_text_parts_are_joined(parts, text):
 def test_other_parts_are_refused(part, kind):
     message = refused(user("q"), user([part]))
     assert "Row 3 of train, column 'prompt[1]'" in message
-    assert f"content part of type {kind}. Only parts of type 'text'" in message
+    said = "text part without text" if kind is None else f"content part of type {kind}. Only parts of type 'text'"
+    assert said in message
 
 
 @pytest.mark.parametrize(
-    "role", ["user", "assistant", "system", "tool", "developer", "ipython", "model_2", "x-y.z", "é"]
+    "role",
+    ["user", "assistant", "system", "tool", "developer", "ipython", "model", "function", "critic_2", "x-y.z", "é"],
 )
 def test_any_name_is_a_role(role):
     assert read(turn(role, "c")) == [turn(role, "c")]
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [
+        ("asistant", "assistant"),
+        ("Assistant", "assistant"),
+        ("users", "user"),
+        ("systm", "system"),
+        ("model_2", "model"),
+        pytest.param("User", "user", marks=pytest.mark.xfail(strict=True, reason="too short to be 0.8 like user")),
+        pytest.param("USER", "user", marks=pytest.mark.xfail(strict=True, reason="compared with its capitals")),
+    ],
+)
+def test_a_misspelt_role_is_no_role(role, meant):
+    assert f"has the role '{role}'. Did you mean '{meant}'?" in refused(turn(role, "c"))
+
+
+@pytest.mark.parametrize("calls", ["f()", {"function": {"name": "f"}}, ["f"], 3])
+def test_calls_are_a_list_of_objects(calls):
+    assert "'prompt[0]': has tool_calls" in refused(assistant("a", tool_calls=calls))
 
 
 @pytest.mark.parametrize("role", ["", " user", "user\n", "a|b", "<|user|>", "a b", 1, True, ["user"]])

@@ -184,8 +184,7 @@ def test_a_template_that_rewrites_earlier_turns(template):
             tokenize(tokenizer, talk([assistant("a")]), pair)
         message = str(error.value)
         said = [
-            "Row 1 of train",
-            "completion 0",
+            "Row 1 of train, column 'chosen'",
             "rewrites earlier turns",
             "{% generation %} markers",
             "end the completion",
@@ -209,7 +208,7 @@ def test_a_generation_prompt_that_opens_a_thought_cannot_be_told_from_a_tool_tur
     opens = CHAT.replace(
         "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
     )
-    with pytest.raises(ValueError, match=r"Row 0 of train, column 'completion 0'.*generation"):
+    with pytest.raises(ValueError, match=r"Row 0 of train, column 'chosen'.*generation"):
         tokenize(byte_bpe(chat_template=opens), talk(LOOK_UP))
 
 
@@ -340,20 +339,7 @@ HIDDEN = {
         "Row 0",
     ),
     "a continued turn": talk([assistant("a<eos>")], prompt=[user("q"), assistant("<|user|>")]),
-    "a key of a call": pytest.param(
-        talk([assistant("", tool_calls=[{"function": {"name": "f", "arguments": {"<eos>": 1}}}])]),
-        marks=pytest.mark.xfail(strict=True, reason="keys of tool_calls and tools are neither searched nor marked"),
-    ),
-    "a key of the tools": pytest.param(
-        talk([assistant("a")], tools=[{"function": {"name": "f", "parameters": {"properties": {"<eos>": {}}}}}]),
-        marks=pytest.mark.xfail(strict=True, reason="keys of tool_calls and tools are neither searched nor marked"),
-    ),
-    "both halves of a continued turn": pytest.param(
-        talk([assistant("os>a")], prompt=[user("q"), assistant("<e")]),
-        marks=pytest.mark.xfail(
-            strict=True, reason="each half is searched by itself, and the template gets them joined"
-        ),
-    ),
+    "both halves of a continued turn": talk([assistant("os>a")], prompt=[user("q"), assistant("<e")]),
 }
 
 
@@ -371,6 +357,34 @@ def test_no_control_token_comes_from_the_text_of(pair):
     if pair.prompt[-1]["role"] != "assistant":
         assert tokenizer.decode(ids.prompt + ids.chosen) == text
     assert ids.flags & Flag.CONTROL_TEXT
+
+
+def call_of(arguments):
+    return talk([assistant("", tool_calls=[{"function": {"name": "f", "arguments": arguments}}])])
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(call_of({"<eos>": 1}), id="of a call"),
+        pytest.param(call_of([{"x": {"a<|user|>": None}}]), id="deep inside"),
+        pytest.param(talk([assistant("a")], tools=[{"function": {"properties": {"<eos>": {}}}}]), id="of a tool"),
+        pytest.param(talk([assistant("a")], chat_template_kwargs={"<eos>": 1}), id="of an argument"),
+        pytest.param(
+            call_of({"<eos>": "<eos>"}),
+            id="and a value",
+            marks=pytest.mark.xfail(strict=True, reason="a key that is also a value somewhere in the row passes"),
+        ),
+    ],
+)
+def test_control_tokens_in_a_key_are_refused(pair):
+    """Values can be kept apart from the template's own tokens, keys cannot; unless they may steer."""
+    tokenizer = byte_bpe(chat_template=WITH_CALLS)
+    with pytest.raises(
+        ValueError, match=r"Row 0 of train, .*names something after the control token '<.*>'.*Rename the key"
+    ):
+        tokenize(tokenizer, pair)
+    tokenize(tokenizer, pair, allow_special_tokens_in_text=True)
 
 
 def test_the_text_of_control_tokens_in_arguments_of_the_template_is_text():
@@ -435,11 +449,15 @@ def test_what_the_tokenizer_calls_control_tokens_of_its_chat_is_text():
     assert near.chosen == far.chosen == [*said("<call>"), EOS]
 
 
-@pytest.mark.xfail(strict=True, reason="transformers takes its own markers out of the text, without a word")
-def test_no_character_is_lost_beside_control_text():
-    text = "a\U000f0000b<eos>"
-    (ids,) = tokenize(CHATTY, talk([assistant(text)]))
-    assert CHATTY.decode(ids.chosen) == f"{text}<eos>"
+@pytest.mark.parametrize("mark", ["\U000f0000", "\U000f0001"])
+def test_no_character_is_lost_beside_control_text(mark):
+    """transformers marks control text with these two, and would drop them from the text."""
+    with pytest.raises(ValueError, match=r"Row 0 of train, .*U\+F0000 or U\+F0001 beside the text of a control token"):
+        tokenize(CHATTY, talk([assistant(f"a{mark}b<eos>")]))
+    (ids,) = tokenize(CHATTY, talk([assistant(f"a{mark}b")]))
+    assert CHATTY.decode(ids.chosen) == f"a{mark}b<eos>"
+    (ids,) = tokenize(PLAIN, Pair(prompt="x", chosen=f"{mark}<eos>", rejected="b"))  # plain text needs no marks
+    assert PLAIN.decode(ids.chosen) == f"{mark}<eos><eos>"
 
 
 def test_the_longest_control_token_is_found():

@@ -215,6 +215,15 @@ def _once_ended(ids):
     return ids if ids[-1] == PLAIN.eos_token_id else [*ids, PLAIN.eos_token_id]
 
 
+@pytest.mark.xfail(
+    strict=True, reason="_check_template_wrote looks past special tokens, also where the row may have them"
+)
+def test_an_answer_of_nothing_but_a_control_token():
+    """The model may be to say <think>, or nothing at all: where control tokens are allowed, that is an answer."""
+    (ids,) = tokenize(CHATTY, talk("cd", "<think>"), allow_special_tokens_in_text=True)
+    assert pieces(CHATTY, ids.rejected) == ["<think>", "<eos>"]
+
+
 def test_a_special_token_that_only_the_boundary_completes_is_text_too():
     """Neither string has it, so there is nothing to flag; the text of both does."""
     (ids,) = tokenize(PLAIN, pair("x<e", "os>", "f"))
@@ -245,7 +254,7 @@ MANY = [
     pair("<think>x", "cd<eos>", "ef"),
     pair("é \U0001f600", " a", "hi"),
     talk("cd", "ef"),
-    talk("cd", "<eos>", prompt=("q", "x", "y")),
+    talk("cd", "e<eos>", prompt=("q", "x", "y")),
 ]
 
 

@@ -29,7 +29,7 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
 }
 ROLE = re.compile(r"[\w.-]+")
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "model", "ipython")
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_messages(value: Any, where: str, column: str) -> list[Message]:
@@ -71,8 +71,8 @@ def _message(message: Any, where: str, column: str) -> Message:
         raise bad(
             where, column, f"has the role {role!r:.80}", "Give a name of letters and digits, such as user or assistant"
         )
-    meant = difflib.get_close_matches(role, KNOWN_ROLES, n=1, cutoff=0.8)
-    if meant and role not in KNOWN_ROLES:
+    meant = difflib.get_close_matches(role.lower(), KNOWN_ROLES, n=1, cutoff=0.85)
+    if meant and role.isalpha() and role not in KNOWN_ROLES:
         raise bad(where, column, f"has the role {role!r}", f"Did you mean {meant[0]!r}? Mend it, or give it another name")
     _check_calls(message.get("tool_calls"), where, column)
     if isinstance(content, list):

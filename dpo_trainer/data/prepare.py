@@ -58,7 +58,7 @@ def prepare_dataset(
         announces=isinstance(dataset, IterableDataset) and dataset.column_names is None,
         allow_special_tokens_in_text=options.allow_special_tokens_in_text,
         first_id=first_id,
-        row_numbers=_row_numbers(dataset),
+        row_numbers=row_numbers(dataset),
     )
     if isinstance(dataset, Dataset):
         _check_table(dataset, mapper.label)
@@ -104,7 +104,7 @@ def _source(dataset: Any) -> str:
     return "" if source in READERS else source
 
 
-def _row_numbers(dataset: Any) -> np.ndarray | None:
+def row_numbers(dataset: Any) -> np.ndarray | None:
     """Of a dataset that was made by selecting rows of another: where they stand there."""
     selected = getattr(dataset, "_indices", None)
     return None if selected is None else selected.column(0).to_numpy()

@@ -18,8 +18,6 @@ from .similar import FIRST
 
 CUT = training.Flag.TRUNCATED_PROMPT | training.Flag.TRUNCATED_CHOSEN | training.Flag.TRUNCATED_REJECTED
 
-LONGEST = 800
-"""Characters of an error that are kept."""
 
 
 class Sample:
@@ -51,11 +49,6 @@ class Sample:
         return sorted(rows, key=lambda row: row.number)
 
 
-def _shortened(error: str) -> str:
-    """A message may quote what it is about, and that may be long."""
-    return error if len(error) <= LONGEST else f"{error[: LONGEST // 2]} ... {error[-LONGEST // 2 :]}"
-
-
 class Collection:
     """What is known of the rows seen so far. Nothing in it grows with the length of a text."""
 
@@ -76,7 +69,7 @@ class Collection:
         if isinstance(row, BadRow):
             self.bad += 1
             if len(self.errors) < FIRST:
-                self.errors.append(RowError(row=row.number, error=_shortened(row.error)))
+                self.errors.append(RowError(row=row.number, error=row.error))
             return
         row = self._flagged_if_repeated(row)
         self.facts.append(facts_of(row))

@@ -11,9 +11,9 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ..cli import ScriptArguments
+from ..cli.data import load_data
 from ..data.columns import check_columns
-from ..loading import load_dataset_splits, load_mixture
-from ..loading.mixture import parse_mixture
+from ..data.prepare import row_numbers
 
 
 class NumberedRow(NamedTuple):
@@ -32,9 +32,8 @@ class Part:
 
     def numbers(self) -> np.ndarray:
         """Of the rows of a table, in the file: a split that was selected from it has gaps."""
-        selected = getattr(self.dataset, "_indices", None)
-        own = np.arange(len(self.dataset)) if selected is None else selected.column(0).to_numpy()
-        return self.first + own
+        own = row_numbers(self.dataset)
+        return self.first + (np.arange(len(self.dataset)) if own is None else own)
 
     def rows(self, take: np.ndarray | None) -> Iterator[NumberedRow]:
         """All rows, or those at the places `take` of a table."""
@@ -52,25 +51,9 @@ class Part:
 
 def load_parts(script: ScriptArguments, seed: int) -> list[Part]:
     """What the run would train on."""
-    which: dict[str, Any] = {
-        "train_split": script.dataset_train_split,
-        "test_split": script.dataset_test_split,
-        "test_split_size": script.test_split_size,
-        "eval_name_or_path": script.eval_dataset,
-        "streaming": script.streaming,
-        "seed": seed,
-    }
-    if script.datasets is not None:
-        loaded, _ = load_mixture(script.datasets, **which)
-        return in_order([source.name for source in parse_mixture(script.datasets)], loaded)
-    assert script.dataset_name is not None  # the parser refuses neither
-    dataset, _ = load_dataset_splits(
-        script.dataset_name,
-        config=script.dataset_config,
-        columns=script.columns,
-        **which,
-    )
-    return in_order([script.dataset_name], [dataset])
+    train, _ = load_data(script, seed)
+    loaded = train if isinstance(train, list) else [train]
+    return in_order([dataset.info.dataset_name or "train" for dataset in loaded], loaded)
 
 
 def in_order(names: Sequence[str], loaded: Sequence[Dataset | IterableDataset]) -> list[Part]:
