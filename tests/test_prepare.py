@@ -452,9 +452,6 @@ def test_control_text_is_counted():
     assert allowed[1]["chosen_ids"] == allowed[0]["chosen_ids"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the prompt 'a <' and the completions are searched, and not the texts that were given"
-)
 def test_control_text_that_an_implicit_prompt_splits_is_counted():
     prepared, report = prepare(Dataset.from_list([{"chosen": "a <eos>", "rejected": "a <bos>"}]))
     assert TOKENIZER.decode(prepared[0]["prompt_ids"] + prepared[0]["chosen_ids"]) == "a <eos><eos>"

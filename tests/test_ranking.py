@@ -243,9 +243,6 @@ def test_a_useless_pair_takes_no_place_among_the_clearest():
     assert cut == PairIds([1], [[4], [6]], (Preferred(0, 1, 2.0),), (), CUT_C | CUT_R, 2)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="undecided: one completion that a cut leaves without a scored token drops the whole row"
-)
 def test_a_completion_that_a_cut_leaves_unscored_is_left_out_of_a_ranked_row():
     row = PairIds([1], [[4, 5], [6, 7], [8, 9]], RANKS, ((2, 0, 1),))
     cut = limits(completion=1).apply(row)
@@ -301,9 +298,6 @@ def test_useless_pairs_of_a_ranked_row_are_left_out_and_the_row_stays():
     assert "pairs of ranked rows left out" in report.table()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the blank completion ' ' joins ':' to ': ', and ':' is no token of the prompt for all"
-)
 def test_a_completion_that_is_left_out_moves_no_boundary():
     with_blank = {"prompt": "q:", "completions": ["hey", "you", " "], "scores": [3.0, 2.0, 1.0]}
     (kept,), report = prepare(with_blank)

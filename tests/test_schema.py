@@ -542,9 +542,6 @@ BAD_ROWS = {
     "None first in a list": pytest.param(
         TEXT | {"rejected": [None, "b"]},
         ["'rejected[0]'", "is None"],
-        marks=pytest.mark.xfail(
-            strict=True, reason="_several looks at the first item alone: 'only rejected may hold several'"
-        ),
     ),
 }
 
@@ -603,7 +600,6 @@ BAD_PREPARED = {
     "a pair twice": pytest.param(
         {"pairs": [[0, 1], [0, 1]]},
         ["'pairs'", "twice"],
-        marks=pytest.mark.xfail(strict=True, reason="undecided: now accepted, and the pair weighs double"),
     ),
 }
 

@@ -105,7 +105,6 @@ def test_one_bos_and_one_eos_whatever_the_tokenizer_adds(adds):
         pytest.param(
             "<bos> $A <eos>",
             id="both",
-            marks=pytest.mark.xfail(strict=True, reason="the text's own EOS and the tokenizer's make two"),
         ),
     ],
 )
@@ -126,9 +125,6 @@ def test_by_default_the_bos_and_eos_of_a_text_are_text():
     assert ids.flags == Flag.CONTROL_TEXT
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_without_own_eos takes the text <eos> for the token, so the boundary counts as merged"
-)
 def test_an_eos_in_the_text_of_a_prompt_merges_no_boundary():
     tokenizer = byte_bpe(adds="$A <eos>")
     (ids,) = tokenize(tokenizer, pair("x<eos>", "cd", "ef"))
@@ -215,9 +211,6 @@ def _once_ended(ids):
     return ids if ids[-1] == PLAIN.eos_token_id else [*ids, PLAIN.eos_token_id]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_check_template_wrote looks past special tokens, also where the row may have them"
-)
 def test_an_answer_of_nothing_but_a_control_token():
     """The model may be to say <think>, or nothing at all: where control tokens are allowed, that is an answer."""
     (ids,) = tokenize(CHATTY, talk("cd", "<think>"), allow_special_tokens_in_text=True)
@@ -285,7 +278,6 @@ def test_the_tokenizer_gives_its_user_the_same_ids_afterwards():
     assert (tokenizer(text)["input_ids"], tokenizer.encode(text)) == before[:2]
 
 
-@pytest.mark.xfail(strict=True, reason="encode_special_tokens is left on in the backend, which others may hold")
 def test_the_backend_is_left_as_it_was():
     tokenizer = byte_bpe(chat_template=CHAT)
     before = tokenizer.backend_tokenizer.encode("x<eos>").ids
@@ -293,9 +285,6 @@ def test_the_backend_is_left_as_it_was():
     assert tokenizer.backend_tokenizer.encode("x<eos>").ids == before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="encode_from_one_head cuts at added tokens that this tokenizer does not take out"
-)
 def test_a_tokenizer_that_splits_special_tokens_does_so_in_templates_too():
     """As asked for by its own setting: then nothing in a text is a hard edge, and "a" may join what a template writes."""
     tokenizer = byte_bpe(chat_template="{% for m in messages %}{{ m.content }}bX{% endfor %}")
@@ -406,7 +395,6 @@ def test_the_fingerprint_follows_content_and_not_use():
         assert tokenizer_fingerprint(changed) != before, setting
 
 
-@pytest.mark.xfail(strict=True, reason="only the backend is hashed, so a class that overrides the call shares its key")
 def test_the_fingerprint_follows_a_class_with_a_call_of_its_own():
     fast = byte_bpe(chat_template=CHAT)
     own = Counting(tokenizer_object=fast.backend_tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")

@@ -79,7 +79,9 @@ def test_a_margin_reaches_the_loss(tmp_path):
 def test_a_list_of_datasets_is_one_mixture(tmp_path, caplog):
     parts = [tiny.dataset(3), Dataset.from_list(tiny.chat_rows(4)), Dataset.from_list(RANKED)]
     with caplog.at_level(logging.WARNING):
-        trainer = tiny.trainer(tmp_path, train=parts, parts={"eval_dataset": [tiny.dataset(2), tiny.dataset(3, seed=5)]})
+        trainer = tiny.trainer(
+            tmp_path, train=parts, parts={"eval_dataset": [tiny.dataset(2), tiny.dataset(3, seed=5)]}
+        )
     assert trainer.train_dataset["example_id"][:] == list(range(3 + 4 + 4))
     assert list(trainer.data_reports) == ["train 0", "train 1", "train 2", "eval 0", "eval 1"]
     assert len(trainer.eval_dataset) == 5

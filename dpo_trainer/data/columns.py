@@ -146,7 +146,7 @@ def _several(value: Any, *, or_messages: bool = False) -> list | None:
         return None
     if any(isinstance(item, Mapping) for item in value):
         return list(value) if or_messages else None
-    return list(value) if isinstance(value[0], str | list | tuple) else None
+    return list(value) if any(isinstance(item, str | list | tuple) for item in value) else None
 
 
 def _check_kind(value: Any, where: str, column: str) -> None:
@@ -154,7 +154,9 @@ def _check_kind(value: Any, where: str, column: str) -> None:
         raise _is_none(where, column)
     if isinstance(value, list | tuple) and any(isinstance(item, str | list | tuple) for item in value):
         if _several(value) is None:
-            raise bad(where, column, "is a list of messages and of strings or lists", "Give each answer as a list of its own")
+            raise bad(
+                where, column, "is a list of messages and of strings or lists", "Give each answer as a list of its own"
+            )
         raise bad(where, column, "is a list of texts", "Only 'rejected' and 'completions' may hold several")
     if not isinstance(value, str | list | tuple | Mapping):
         raise bad(where, column, f"is of type {type(value).__name__}", "Give a string or a list of messages")

@@ -52,7 +52,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         return Hasher.hash(tokenizer)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     control = getattr(tokenizer, "chat_control_tokens", None)
-    around = [tokenizer.chat_template, special, tokenizer.split_special_tokens, control]
+    own_call = None if _is_plain_backend(tokenizer) else type(tokenizer).__qualname__
+    around = [own_call, tokenizer.chat_template, special, tokenizer.split_special_tokens, control]
     content = _backend(tokenizer).to_str() + json.dumps(around, sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -86,7 +87,8 @@ def encode_from_one_head(
     An added token is a hard edge: the tokenizer takes it out of the text before anything else, and what stands before it
     and after it never meet. So a conversation's earlier turns are not tokenized again with each of its answers.
     """
-    edge = None if add_special_tokens or control_as_text else _hard_edges(tokenizer)
+    as_text = control_as_text or tokenizer.split_special_tokens
+    edge = None if add_special_tokens or as_text else _hard_edges(tokenizer)
     cuts = [_last_common_edge(texts, edge) if edge else 0 for texts in rows]
     pieces = [[text[cut:] for text in texts] for texts, cut in zip(rows, cuts, strict=True)]
     heads = [texts[0][:cut] for texts, cut in zip(rows, cuts, strict=True) if cut]
@@ -115,8 +117,12 @@ def _encode(tokenizer: Any, texts: list[str], add_special_tokens: bool, control_
     if _is_plain_backend(tokenizer):
         # What calling the tokenizer does, without the offsets, masks and copies that it makes of each text.
         backend = _backend(tokenizer)
-        backend.encode_special_tokens = control_as_text
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        before, backend.encode_special_tokens = backend.encode_special_tokens, control_as_text
+        try:
+            encoded = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        finally:
+            backend.encode_special_tokens = before
+        return [encoding.ids for encoding in encoded]
     return tokenizer(
         texts,
         add_special_tokens=add_special_tokens,

@@ -73,7 +73,9 @@ def _message(message: Any, where: str, column: str) -> Message:
         )
     meant = difflib.get_close_matches(role.lower(), KNOWN_ROLES, n=1, cutoff=0.85)
     if meant and role.isalpha() and role not in KNOWN_ROLES:
-        raise bad(where, column, f"has the role {role!r}", f"Did you mean {meant[0]!r}? Mend it, or give it another name")
+        raise bad(
+            where, column, f"has the role {role!r}", f"Did you mean {meant[0]!r}? Mend it, or give it another name"
+        )
     _check_calls(message.get("tool_calls"), where, column)
     if isinstance(content, list):
         message["content"] = "".join(_text_part(part, where, column) for part in content)

@@ -36,18 +36,20 @@ class Rendered(NamedTuple):
 
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the text of any token that steers the model: those that the tokenizer calls special."""
+    """Matches the text of any token that steers the model: those that the tokenizer calls special, or control tokens of its chats."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    special |= {*tokenizer.all_special_tokens, *(getattr(tokenizer, "chat_control_tokens", None) or ())}
+    longest_first = sorted(special, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None) -> Rendered:
     """`control` matches what must stay text in the strings of the row; None: nothing."""
-    found = control is not None and any(map(control.search, strings_of(pair)))
     if isinstance(pair.prompt, str):
         texts = [f"{pair.prompt}{completion}" for completion in pair.completions]
+        found = control is not None and any(map(control.search, texts))
         return Rendered(pair.prompt, texts, [[]] * len(texts), templated=False, control_text=found)
+    found = control is not None and any(map(control.search, strings_of(pair)))
     if not tokenizer.chat_template:
         raise ValueError(
             f"{where} is a conversation, and the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
@@ -59,35 +61,38 @@ def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | No
 
 
 def strings_of(pair: Pair) -> Iterator[str]:
-    """Every string of a row that reaches the tokenizer, those that are joined to one (`_joined`) also as the one."""
-    yield from _strings([pair.prompt, pair.completions, pair.tools, pair.chat_template_kwargs])
-    if not isinstance(pair.prompt, str) and pair.prompt[-1]["role"] == "assistant":
+    """Every string of a conversation, those that are joined to one (`_joined`) also as the one."""
+    everything = [pair.prompt, pair.completions, pair.tools, pair.chat_template_kwargs]
+    yield from _values(everything)
+    yield from _keys(everything)
+    if pair.prompt[-1]["role"] == "assistant":  # type: ignore[index]
         for completion in cast("tuple[list[Message], ...]", pair.completions):
-            yield pair.prompt[-1].get("content", "") + completion[0].get("content", "")
+            yield pair.prompt[-1].get("content", "") + completion[0].get("content", "")  # type: ignore[union-attr]
 
 
-def _strings(value: Any, *, keys: bool = True) -> Iterator[str]:
+def _values(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if keys and isinstance(key, str):
-                yield key
-            yield from _strings(item, keys=keys)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item, keys=keys)
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _values(item)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield from map(str, value)
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _keys(item)
 
 
 def _check_can_stay_text(pair: Pair, where: str, control: re.Pattern[str]) -> None:
     """transformers marks strings, not names, and drops the characters that it marks with."""
-    everything = [pair.tools, pair.chat_template_kwargs, pair.prompt, *pair.completions]
-    values = set(_strings(everything, keys=False))
-    for name in _strings(everything):
-        if name not in values and (found := control.search(name)):
+    for name in _keys([pair.prompt, pair.completions, pair.tools, pair.chat_template_kwargs]):
+        if found := control.search(name):
             problem = f"names something after the control token {found[0]!r}"
             raise bad(where, "tools or messages", problem, "Rename the key")
-    if any(MARKS.search(text) for text in _strings(everything)):
+    if any(map(MARKS.search, strings_of(pair))):
         remedy = "Remove them, or the control token in the text"
         raise bad(where, "prompt or completion", "holds U+F0000 or U+F0001 beside the text of a control token", remedy)
 
@@ -132,27 +137,32 @@ class _Conversation:
         content = last.get("content", "") + first.get("content", "")
         return [*prompt[:-1], {**last, **first, "content": content}, *completion[1:]]
 
-    # --- completions with turns that are not the assistant's ---
+    # --- completions of several turns ---
 
     def _edges(self, number: int, start: Any, whole: Any) -> list:
         """Where the assistant's turns begin and end: by the template's generation markers, else by rendering up to there."""
         completion = self.completions[number]
-        if all(turn["role"] == "assistant" for turn in completion):
+        if len(completion) == 1:
             return []
         if not self.as_ids and GENERATION.search(self.tokenizer.get_chat_template(tools=self.pair.tools)):
-            return self._marked(completion, whole)
+            return self._marked(completion, start, whole)
         edges = []
         for turn, message in enumerate(completion):
             if message["role"] != "assistant":
                 continue
             edges.append(self._text(self._joined(completion[:turn]), add_generation_prompt=True) if turn else start)
             edges.append(self._text(self._joined(completion[: turn + 1])))
-        for edge in edges:
-            if whole[: len(edge)] != edge:
-                raise self._cannot_tell(number)
+        if not all(self._begins(whole, edge) for edge in edges):
+            raise self._cannot_tell(number)
         return edges
 
-    def _marked(self, completion: list[Message], whole: str) -> list[str]:
+    def _begins(self, whole: Any, edge: Any) -> bool:
+        """As texts: token ids may differ where a token spans the edge."""
+        if self.as_ids:
+            whole, edge = self.tokenizer.decode(whole), self.tokenizer.decode(edge)
+        return whole.startswith(edge)
+
+    def _marked(self, completion: list[Message], start: str, whole: str) -> list[str]:
         template = self.tokenizer.get_chat_template(tools=self.pair.tools)
         _, (stretches,) = render_jinja_template(
             [self._joined(completion)],
@@ -161,17 +171,14 @@ class _Conversation:
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self.pair.chat_template_kwargs},
         )
-        turns = sum(turn["role"] == "assistant" for turn in completion)
-        return [whole[:edge] for start_end in stretches[-turns:] for edge in start_end]
+        return [whole[:edge] for stretch in stretches if stretch[1] > len(start) for edge in stretch]
 
     def _cannot_tell(self, number: int) -> ValueError:
-        return bad(
-            self.where,
-            completion_name(number, len(self.completions)),
-            "has turns of others inside, and the chat template rewrites earlier turns, so it cannot be told which tokens are "
-            "the assistant's",
-            "Use a template with {% generation %} markers, or end the completion before the first turn of another role",
-        )
+        problem = "has several turns, and the chat template rewrites earlier turns: nobody can tell which are the assistant's words"
+        remedy = "Use a template with {% generation %} markers, or end the completion after its first turn"
+        if self.as_ids:
+            remedy = "Take the text of the control token out of the row, or end the completion after its first turn"
+        return bad(self.where, completion_name(number, len(self.completions)), problem, remedy)
 
 
 def completion_name(number: int, count: int) -> str:

@@ -61,9 +61,11 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
     bos, count = tokenizer.bos_token_id, len(pair.completions)
     if not texts.templated:
         ids = [_without_second_bos(text, bos) for text in ids]
-        ids[0] = _without_own_eos(ids[0], pair.prompt, tokenizer)
+        ids[0] = _without_own_eos(ids[0], pair.prompt, tokenizer, as_text=texts.control_text)
     prompt, wholes, edges = ids[0], ids[1 : 1 + count], iter(ids[1 + count :])
-    end = min(shared_length(prompt, whole) for whole in wholes)
+    blank = [is_blank(completion) for completion in pair.completions]
+    says = [whole for whole, nothing in zip(wholes, blank, strict=True) if not nothing]
+    end = min(shared_length(prompt, whole) for whole in says or wholes)
     if texts.templated and not end:
         raise ValueError(
             f"{where}: what the chat template makes of the whole conversation does not begin with what it makes of the "
@@ -71,7 +73,6 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
         )
     flags = Flag.MERGED_BOUNDARY * (end < len(prompt)) | Flag.CONTROL_TEXT * texts.control_text
     completions = [whole[end:] for whole in wholes]
-    blank = [is_blank(completion) for completion in pair.completions]
     for number, text in enumerate(pair.completions):
         if not blank[number]:
             check = _check_template_wrote if texts.templated else _ended
@@ -81,7 +82,7 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
     unscored = tuple(
         stretch
         for number, of_completion in enumerate(texts.edges)
-        for stretch in _unscored(number, wholes[number], [next(edges) for _ in of_completion], end)
+        for stretch in _unscored(number, wholes[number], [next(edges) for _ in of_completion], prompt, end)
     )
     prompt = prompt[:end] or [_bos_instead_of_prompt(bos, where)]
     flags |= Flag.EMPTY_PROMPT * (prompt == [bos]) | Flag.TIED * (not pair.pairs)
@@ -91,13 +92,17 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
     return row.drop_pairs(lambda of: blank[of.chosen] or blank[of.rejected], Flag.EMPTY_COMPLETION)
 
 
-def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt_end: int) -> list[Stretch]:
-    """The tokens of a completion outside the stretches that `edges` begin and end, in turn; none without edges."""
+def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt: list[int], end: int) -> list[Stretch]:
+    """The tokens of a completion outside the stretches that `edges` begin and end, in turn; none without edges.
+
+    The completion begins at `end` of the whole, where the prompt may not have ended yet: what it gave up to a token that
+    spans its end is scored, as in a completion of one turn.
+    """
     if not edges:
         return []
-    at = [max(0, shared_length(edge, whole) - prompt_end) for edge in edges]
-    outside = zip([0, *at[1::2]], [*at[::2], len(whole) - prompt_end], strict=True)
-    return [(number, start, end) for start, end in outside if start < end]
+    at = [0 if edge == prompt else max(0, shared_length(edge, whole) - end) for edge in edges]
+    outside = zip([0, *at[1::2]], [*at[::2], len(whole) - end], strict=True)
+    return [(number, start, stop) for start, stop in outside if start < stop]
 
 
 def _ended(completion: list[int], text: Any, tokenizer: Any, where: str) -> list[int]:
@@ -108,16 +113,23 @@ def _ended(completion: list[int], text: Any, tokenizer: Any, where: str) -> list
             f"{where}: the tokenizer makes no token of {text[:40]!r}. Leave such rows out with dataset.filter, or use a "
             "tokenizer that knows these characters."
         )
+    said = 0
+    while text.endswith(tokenizer.eos_token * (said + 1)):
+        said += 1
+    if completion[-said - 1 :] == [eos] * (said + 1):
+        return completion[:-1] if said else completion  # the text's own EOS, and the one that the tokenizer adds
     return completion if completion[-1] == eos else [*completion, eos]
 
 
 def _check_template_wrote(completion: list[int], text: Any, tokenizer: Any, where: str) -> list[int]:
     """More than what stands around every answer; only a short one can be that alone."""
     if len(completion) < 10 and not tokenizer.decode(completion, skip_special_tokens=True).strip():
-        raise ValueError(
-            f"{where}: the chat template writes nothing for this completion. Use a template that writes assistant turns, and "
-            "what they hold (tool calls)."
-        )
+        written, said = tokenizer.decode(completion), text[0].get("content", "").strip()
+        if not said or said not in written:
+            raise ValueError(
+                f"{where}: the chat template writes nothing for this completion. Use a template that writes assistant "
+                "turns, and what they hold (tool calls)."
+            )
     return completion
 
 
@@ -135,7 +147,8 @@ def _without_second_bos(ids: list[int], bos: int | None) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
-def _without_own_eos(prompt: list[int], text: Any, tokenizer: Any) -> list[int]:
-    """Without the EOS that the tokenizer put after a text that does not end there."""
-    own = prompt[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
-    return prompt[:-1] if own else prompt
+def _without_own_eos(prompt: list[int], text: Any, tokenizer: Any, *, as_text: bool) -> list[int]:
+    """Without the EOS that the tokenizer put after a text; `as_text`: one in the text itself is not read as EOS."""
+    eos = tokenizer.eos_token_id
+    said = text.endswith(tokenizer.eos_token) and not as_text
+    return prompt[:-1] if prompt[-1 - said :] == [eos] * (1 + said) else prompt

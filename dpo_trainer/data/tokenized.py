@@ -51,12 +51,10 @@ def _token_ids(value: Any, where: str, column: str) -> list[int]:
     remedy = "Give at least one token id, each an integer of at least 0"
     if value is None or not isinstance(value, list | tuple) or not len(value):
         raise bad(where, column, "is None" if value is None else f"is {value!r:.40}", remedy)
-    if any(isinstance(item, list | tuple) for item in value):
+    kinds = set(map(type, value))
+    if kinds & {list, tuple}:
         raise bad(where, column, "is nested", remedy)
-    try:
-        ids = np.asarray(value) if set(map(type, value)) == {int} else np.empty(0)
-    except (ValueError, OverflowError):
-        raise bad(where, column, "holds a number beyond all integers", remedy) from None
+    ids = np.asarray(value) if kinds == {int} else np.empty(0)  # of objects, where an integer is beyond 64 bits
     if not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
         raise bad(where, column, f"holds something else than token ids: {value!r:.60}", remedy)
     return list(value)
@@ -70,6 +68,8 @@ def _pairs(row: Mapping[str, Any], count: int, where: str) -> tuple[Preferred, .
     for pair in numbers:
         if not _integers(pair, 2) or not all(0 <= number < count for number in pair) or pair[0] == pair[1]:
             raise bad(where, "pairs", f"holds {pair!r:.40} for {count} completions", "Give two numbers, chosen first")
+    if len(set(map(tuple, numbers))) < len(numbers):
+        raise bad(where, "pairs", "names a pair twice", "Give each pair once, and its weight in 'weight'")
     margins = _margins(row.get("margin"), len(numbers), where)
     return tuple(Preferred(pair[0], pair[1], margin) for pair, margin in zip(numbers, margins, strict=True))
 

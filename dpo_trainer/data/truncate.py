@@ -106,8 +106,14 @@ class Limits:
         cut = self._cut(ids)
         if cut is not ids and self.too_long != "truncate":
             return ids._replace(flags=ids.flags | Flag.TOO_LONG)
-        if cut is None or not all(map(cut.scored, range(len(cut.completions)))):
+        if cut is None:
             return ids._replace(flags=ids.flags | Flag.NO_ROOM)
+        if ids.unscored:
+            cut = cut.drop_pairs(
+                lambda pair: not (cut.scored(pair.chosen) and cut.scored(pair.rejected)), Flag.NO_ROOM
+            )
+            if cut.flags & Flag.NO_ROOM:
+                return ids._replace(flags=ids.flags | Flag.NO_ROOM)
         useful = cut.drop_pairs(
             lambda pair: cut.completions[pair.chosen] == cut.completions[pair.rejected], Flag.IDENTICAL
         )

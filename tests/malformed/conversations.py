@@ -304,9 +304,9 @@ TEMPLATES = {
         "template",
     ),
     "that rewrites earlier turns": with_template(
-        LAST_ONLY, "turns of others inside", "Use a template with {% generation %} markers", make=TURNS_OF_OTHERS
+        LAST_ONLY, "rewrites earlier turns", "Use a template with {% generation %} markers", make=TURNS_OF_OTHERS
     ),
-    "for turns of others inside": becomes(
+    "for rewrites earlier turns": becomes(
         # x, EOS | <|tool|>t, EOS, ASSISTANT: 8 + 1 characters and two control tokens, not scored | y, EOS
         TURNS_OF_OTHERS,
         gives(ASKED, ["x", EOS, "<|tool|>t", EOS, ASSISTANT, "y", EOS], NO, unscored=[[0, 2, 13]]),

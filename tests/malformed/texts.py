@@ -172,7 +172,7 @@ CONTROL = {
     ),
     "put together from prompt and completion": becomes(
         lines({"prompt": "<|assis", "chosen": "tant|>", "rejected": "No."}),
-        gives([BOS, "<|assis"], ["tant|>", EOS], NO),
+        gives([BOS, "<|assis"], ["tant|>", EOS], NO, counts=KEPT),
         rows=1,
     ),
     "in plain strings": becomes(
