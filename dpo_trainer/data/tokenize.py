@@ -12,6 +12,7 @@ from typing import Any
 
 from ..batch import ONE_PAIR, Pair, Stretch
 from .encode import encode_from_one_head
+from .ends import Ends
 from .errors import clean
 from .implicit import shared_length
 from .messages import is_blank
@@ -39,7 +40,8 @@ def tokenize_pairs(
         encoded = _encode_rows(tokenizer, [rows[i] for i in at], [where[i] for i in at], **how)
         for index, of_row in zip(at, encoded, strict=True):
             ids[index] = of_row
-    return [_pair_ids(*row, tokenizer) for row in zip(pairs, rows, ids, where, strict=True)]
+    ends = Ends.of(tokenizer)
+    return [_pair_ids(*row, tokenizer, ends) for row in zip(pairs, rows, ids, where, strict=True)]
 
 
 def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: bool) -> list[list]:
@@ -56,40 +58,49 @@ def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: 
     return [next(ids) if isinstance(row.prompt, str) else row.all for row in rows]
 
 
-def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tokenizer: Any) -> PairIds:
+def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tokenizer: Any, ends: Ends) -> PairIds:
     """Cut the tokenized texts of a row at the boundary that they share."""
-    bos, count = tokenizer.bos_token_id, len(pair.completions)
+    count = len(pair.completions)
     if not texts.templated:
-        ids = [_without_second_bos(text, bos) for text in ids]
-        ids[0] = _without_own_eos(ids[0], pair.prompt, tokenizer, as_text=texts.control_text)
+        ids = [ends.without_second_bos(text) for text in ids]
+        ids[0] = ends.without_own_eos(ids[0], f"{pair.prompt}", as_text=texts.control_text)
     prompt, wholes, edges = ids[0], ids[1 : 1 + count], iter(ids[1 + count :])
     blank = [is_blank(completion) for completion in pair.completions]
-    says = [whole for whole, nothing in zip(wholes, blank, strict=True) if not nothing]
-    end = min(shared_length(prompt, whole) for whole in says or wholes)
+    end = _shared_end(prompt, wholes, blank)
     if texts.templated and not end:
         raise ValueError(
             f"{where}: what the chat template makes of the whole conversation does not begin with what it makes of the "
             "prompt. Use a template that keeps the prompt in front of the answer."
         )
-    flags = Flag.MERGED_BOUNDARY * (end < len(prompt)) | Flag.CONTROL_TEXT * texts.control_text
-    completions = [whole[end:] for whole in wholes]
-    for number, text in enumerate(pair.completions):
-        if not blank[number]:
-            check = _check_template_wrote if texts.templated else _ended
-            completions[number] = check(
-                completions[number], text, tokenizer, f"{where}, column {completion_name(number, count)!r}"
-            )
     unscored = tuple(
         stretch
         for number, of_completion in enumerate(texts.edges)
         for stretch in _unscored(number, wholes[number], [next(edges) for _ in of_completion], prompt, end)
     )
-    prompt = prompt[:end] or [_bos_instead_of_prompt(bos, where)]
-    flags |= Flag.EMPTY_PROMPT * (prompt == [bos]) | Flag.TIED * (not pair.pairs)
+    flags = (
+        Flag.MERGED_BOUNDARY * (end < len(prompt))
+        | Flag.CONTROL_TEXT * texts.control_text
+        | Flag.TIED * (not pair.pairs)
+    )
+    prompt = prompt[:end] or [ends.bos_instead_of_prompt(where)]
+    flags |= Flag.EMPTY_PROMPT * (prompt == [ends.bos])
+    completions = [whole[end:] for whole in wholes]
+    for number, text in enumerate(pair.completions):
+        at = f"{where}, column {completion_name(number, count)!r}"
+        if texts.templated and not blank[number]:
+            _check_template_wrote(completions[number], text, tokenizer, at)
+        elif not blank[number]:
+            completions[number] = ends.ended(completions[number], f"{text}", at)
     row = PairIds(prompt, completions, pair.pairs or ONE_PAIR, unscored, flags)
     if not any(blank):
         return row
     return row.drop_pairs(lambda of: blank[of.chosen] or blank[of.rejected], Flag.EMPTY_COMPLETION)
+
+
+def _shared_end(prompt: list[int], wholes: list[list[int]], blank: list[bool]) -> int:
+    """How much of the prompt stands before every completion that says something."""
+    says = [whole for whole, nothing in zip(wholes, blank, strict=True) if not nothing]
+    return min(shared_length(prompt, whole) for whole in says or wholes)
 
 
 def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt: list[int], end: int) -> list[Stretch]:
@@ -105,23 +116,7 @@ def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt: lis
     return [(number, start, stop) for start, stop in outside if start < stop]
 
 
-def _ended(completion: list[int], text: Any, tokenizer: Any, where: str) -> list[int]:
-    """The completion with one EOS at its end."""
-    eos = tokenizer.eos_token_id
-    if not completion or (completion == [eos] and tokenizer.eos_token not in text):
-        raise ValueError(
-            f"{where}: the tokenizer makes no token of {text[:40]!r}. Leave such rows out with dataset.filter, or use a "
-            "tokenizer that knows these characters."
-        )
-    said = 0
-    while text.endswith(tokenizer.eos_token * (said + 1)):
-        said += 1
-    if completion[-said - 1 :] == [eos] * (said + 1):
-        return completion[:-1] if said else completion  # the text's own EOS, and the one that the tokenizer adds
-    return completion if completion[-1] == eos else [*completion, eos]
-
-
-def _check_template_wrote(completion: list[int], text: Any, tokenizer: Any, where: str) -> list[int]:
+def _check_template_wrote(completion: list[int], text: Any, tokenizer: Any, where: str) -> None:
     """More than what stands around every answer; only a short one can be that alone."""
     if len(completion) < 10 and not tokenizer.decode(completion, skip_special_tokens=True).strip():
         written, said = tokenizer.decode(completion), text[0].get("content", "").strip()
@@ -130,25 +125,3 @@ def _check_template_wrote(completion: list[int], text: Any, tokenizer: Any, wher
                 f"{where}: the chat template writes nothing for this completion. Use a template that writes assistant "
                 "turns, and what they hold (tool calls)."
             )
-    return completion
-
-
-def _bos_instead_of_prompt(bos: int | None, where: str) -> int:
-    if bos is None:
-        raise ValueError(
-            f"{where}: the prompt has no token of its own, so nothing predicts the first token of the completions, and the "
-            "tokenizer has no BOS token to stand in. Give a prompt, or set tokenizer.bos_token."
-        )
-    return bos
-
-
-def _without_second_bos(ids: list[int], bos: int | None) -> list[int]:
-    """The text itself began with BOS, and the tokenizer put another before it."""
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-
-def _without_own_eos(prompt: list[int], text: Any, tokenizer: Any, *, as_text: bool) -> list[int]:
-    """Without the EOS that the tokenizer put after a text; `as_text`: one in the text itself is not read as EOS."""
-    eos = tokenizer.eos_token_id
-    said = text.endswith(tokenizer.eos_token) and not as_text
-    return prompt[:-1] if prompt[-1 - said :] == [eos] * (1 + said) else prompt
