@@ -19,7 +19,6 @@ from .similar import FIRST
 CUT = training.Flag.TRUNCATED_PROMPT | training.Flag.TRUNCATED_CHOSEN | training.Flag.TRUNCATED_REJECTED
 
 
-
 class Sample:
     """Rows to show: random ones of those that are trained on, and one that is cut where there is any."""
 
