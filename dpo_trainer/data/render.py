@@ -61,13 +61,18 @@ def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | No
 
 
 def strings_of(pair: Pair) -> Iterator[str]:
-    """Every string of a conversation, those that are joined to one (`_joined`) also as the one."""
+    """Every string of a row that reaches the tokenizer, those that are joined to one (`_joined`) also as the one."""
     everything = [pair.prompt, pair.completions, pair.tools, pair.chat_template_kwargs]
     yield from _values(everything)
     yield from _keys(everything)
-    if pair.prompt[-1]["role"] == "assistant":  # type: ignore[index]
-        for completion in cast("tuple[list[Message], ...]", pair.completions):
-            yield pair.prompt[-1].get("content", "") + completion[0].get("content", "")  # type: ignore[union-attr]
+    last = pair.prompt if isinstance(pair.prompt, str) else _continued(pair.prompt)
+    for completion in pair.completions if last else ():
+        yield last + (completion if isinstance(completion, str) else completion[0].get("content", ""))
+
+
+def _continued(prompt: list[Message]) -> str:
+    """What an answer goes on from: the words of a prompt that ends in an assistant turn."""
+    return prompt[-1].get("content", "") if prompt[-1]["role"] == "assistant" else ""
 
 
 def _values(value: Any) -> Iterator[str]:
