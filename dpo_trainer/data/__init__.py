@@ -1,6 +1,6 @@
 """Rows -> pairs -> token ids -> batches.
 
-row -> Pair            schema.py, columns.py, messages.py, conversation.py, ranking.py, implicit.py; tokenized.py
+row -> Pair            schema.py, columns.py, parts.py, messages.py, conversation.py, ranking.py, implicit.py; tokenized.py
 Pair -> token ids      render.py, encode.py, ends.py, tokenize.py, truncate.py
 whole datasets         mapping.py, prepare.py, stream.py, options.py, needs.py, report.py
 rows -> PairBatch      collate.py, uncollate.py

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..batch import Message, Pair
-from .columns import Parts
 from .errors import bad
 from .implicit import split_messages
 from .messages import read_messages, without_none
+from .parts import Parts
 
 OURS = {
     *(set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}),

@@ -19,11 +19,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..batch import Pair
-from .columns import OPTIONS, Parts, find_parts, is_ranked, is_tokenized
+from .columns import OPTIONS, is_tokenized
 from .conversation import pair_of_messages
 from .errors import bad
 from .implicit import split_texts
 from .messages import without_none
+from .parts import Parts, find_parts, is_ranked
 from .ranking import is_number
 
 SERIALIZED = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
