@@ -7,8 +7,8 @@ Rows are UltraFeedback's (prompt, chosen, rejected), as plain strings and as con
 saved dataset to one of token ids. `bare tokenizer` is one call of it on the three texts that every pair needs (prompt,
 prompt + chosen, prompt + rejected), templated beforehand, and nothing else.
 `cached` is a second run of ours with another learning rate. Each run has a process of its own; the median is shown.
-Rows per CPU second counts all threads and processes. Expect ours to reach at least 90 % of `bare` and 1.7 times TRL per
-CPU second, 3 times by the clock on two cores, and `cached` in under a second.
+Rows per CPU second counts all threads and processes. Expect more than `bare tokenizer` reaches, 1.5 to 1.8 times TRL per CPU
+second and about 2.5 times by the clock on two cores, and `cached` in well under a second.
 
 Writes `benchmarks/results/tokenization.md` and `.json`. About a minute.
 """
