@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
+import re
 from pathlib import Path
 
 import pytest
@@ -47,8 +47,9 @@ def test_transcripts_are_split_after_an_assistant_marker():
         row = rows[number]
         assert form_of(row, f"Row {number}") == "text, implicit prompt"
         pair = pair_from_row(row, f"Row {number}")
-        shared = commonprefix([row["chosen"], row["rejected"]])  # a few transcripts part before their last turn
-        assert pair.prompt == shared[: shared.rfind(TURN) + len(TURN)]
+        # The last marker up to which both are the same: a few transcripts part before their last turn.
+        ends = [match.end() for match in re.finditer(TURN, row["chosen"])]
+        assert len(pair.prompt) == max(end for end in ends if row["rejected"].startswith(row["chosen"][:end]))
         for column in ("chosen", "rejected"):
             assert text(ids["prompt_ids"] + ids[f"{column}_ids"]) == row[column]
 
