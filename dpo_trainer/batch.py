@@ -159,7 +159,7 @@ class PairBatch:
     nothing on an accelerator is waited for.
     """
 
-    example_ids: Tensor  # [N] dataset row of each pair: its name in error messages, its key in the reference cache
+    example_ids: Tensor  # [N] dataset row of each pair: its name in error messages
     weight: Tensor  # [N] float32, weight of the pair in the mean; 0 for a row that only fills an uneven batch
     input_ids: Tensor  # [R, L]
     score_at: Tensor  # [M] index into the R * L positions: the state that predicts the token
@@ -174,14 +174,19 @@ class PairBatch:
     position_ids: Tensor | None = None  # [R, L] flat: every completion continues from the end of its prompt
     attention_mask: Tensor | None = None  # [R, L] padded: 1 for a token, 0 for padding
     segments: Segments | None = None  # flat: who sees whom
+    keys: tuple[bytes, ...] | None = (
+        None  # [C] what each completion is (data/content.py), on the host; None: not asked for
+    )
 
     @property
     def is_flat(self) -> bool:
         return self.segments is not None
 
     @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Any]) -> PairBatch:
+    def from_inputs(cls, inputs: Mapping[str, Any], device: torch.device | None = None) -> PairBatch:
         """What a collator returned, possibly one written for another library (see `from_completion_mask`)."""
+        if device is not None:
+            inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         if "score_at" not in inputs:
             return cls.from_completion_mask(inputs)
         return cls(**{f.name: inputs[f.name] for f in dataclasses.fields(cls) if f.name in inputs})

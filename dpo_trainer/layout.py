@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .attention import why_not_flat
 from .batch import PairBatch, Preferred, TokenizedPair
-from .data.collate import flat_inputs, padded_inputs, padded_order
+from .data.collate import inputs_of, padded_order
 from .data.uncollate import as_padded, pairs_of
 from .logprobs import Scorer, base_model, evaluation_mode
 
@@ -59,7 +59,7 @@ class Layout:
         self.requested = requested
         self.pad_token_id = pad_token_id
         self.autocast = autocast
-        self.scored = scored
+        self.scored = list(scored)
         self.settled = False
         reasons = [reason, *(reason_for_padding(*own) for own in scored)]
         reason = next((r for r in reasons if r), None)
@@ -84,7 +84,7 @@ class Layout:
             self.verify(scorer, policy, batch)
             for own_scorer, own_model in references:
                 self.verify(own_scorer, own_model, batch)
-            self.settled = True
+            self.settled, self.scored = True, []  # a reference model may be let go before training
         return as_padded(batch, self.pad_token_id) if self.name == "padded" else batch
 
     def verify(self, scorer: Scorer, model: nn.Module, batch: PairBatch) -> None:
@@ -167,9 +167,7 @@ def _measure(
     """Log-prob sums [2N], and the gradient of a mix of them with respect to the embedded tokens, per row in the order
     prompt, completion 0, completion 1 ... whatever the layout."""
     device = base_model(model).device
-    inputs = (flat_inputs if layout == "flat" else padded_inputs)(rows, pad_token_id)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    batch = PairBatch.from_inputs(moved)
+    batch = PairBatch.from_inputs(inputs_of(rows, layout, pad_token_id), device)
     embedded: list[Tensor] = []
 
     def as_leaf(module: nn.Module, args: object, output: Tensor) -> Tensor:

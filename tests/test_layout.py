@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from dpo_trainer import layout as layout_module
 from dpo_trainer.attention import NAME, why_not_flat
 from dpo_trainer.batch import PairBatch
+from dpo_trainer.data import collate as collate_module
 from dpo_trainer.data.collate import flat_inputs, padded_inputs
 from dpo_trainer.layout import CHECK_TOKENS, TOLERANCE, Layout, reason_for_padding
 from dpo_trainer.logprobs import Scorer
@@ -171,8 +172,8 @@ def test_the_check_looks_past_completions_of_one_token():
 def sees_also(number: int, row: int, what: str) -> Any:
     """`flat_inputs` with a wrong mask: completion `number` of row `row` sees more than its prompt."""
 
-    def wrong(rows: Any, pad: int) -> dict[str, Any]:
-        inputs = flat_inputs(rows, pad)
+    def wrong(rows: Any, pad: int, multiple: int | None = None) -> dict[str, Any]:
+        inputs = flat_inputs(rows, pad, multiple)
         segments = inputs["segments"]
         at = sum(len(r.completions) for r in rows[:row]) + number
         if at < len(segments.length):
@@ -191,7 +192,7 @@ def sees_also(number: int, row: int, what: str) -> Any:
 
 def test_a_batch_of_one_row_is_checked_against_a_neighbour(monkeypatch):
     """Micro-batches of 1 are common, evaluation batches are larger: rows that see each other must not pass."""
-    monkeypatch.setattr(layout_module, "flat_inputs", sees_also(0, 1, "the row before"))
+    monkeypatch.setattr(collate_module, "flat_inputs", sees_also(0, 1, "the row before"))
     model = tiny.llama()
     layout, _ = choose(model)
     layout.settle(model, batch_of(pairs=PAIRS[:1]))
@@ -202,7 +203,7 @@ def test_a_batch_of_one_row_is_checked_against_a_neighbour(monkeypatch):
 @pytest.mark.parametrize("rows", [PAIRS, RANKED], ids=["rows of two", "ranked rows"])
 def test_a_wrong_mask_of_any_completion_is_seen(rows, number, monkeypatch):
     """Of a third one too, whether or not the first batch has any: a later one may."""
-    monkeypatch.setattr(layout_module, "flat_inputs", sees_also(number, 1, "the first completion"))
+    monkeypatch.setattr(collate_module, "flat_inputs", sees_also(number, 1, "the first completion"))
     model = tiny.llama()
     layout, _ = choose(model)
     layout.settle(model, batch_of(pairs=rows))

@@ -24,7 +24,8 @@ from dpo_trainer.data import (
     report_table,
     write_reports,
 )
-from dpo_trainer.data.mapping import PairMapper, content_id
+from dpo_trainer.data.content import content_id
+from dpo_trainer.data.mapping import PairMapper
 from dpo_trainer.data.report import DROPPED, KEPT, DataReport
 from dpo_trainer.data.stream import PATIENCE
 from dpo_trainer.data.truncate import PairIds

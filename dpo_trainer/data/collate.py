@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..batch import Segments, TokenizedPair
 from .columns import PREPARED, TOKENIZED
+from .content import completion_keys
 from .schema import weight_from_row
 from .tokenized import example_id_from_row, ids_from_row
 
@@ -38,21 +39,39 @@ class DataCollatorForPreference:
         pad_token_id: fills the padded layout (and the tail of a flat row under `pad_to_multiple_of`).
         layout: "flat" or "padded".
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
+        keyed: name every completion by its content, for a cache of reference log-probs.
     """
 
     pad_token_id: int
     layout: str = "flat"
     pad_to_multiple_of: int | None = None
+    keyed: bool = False
 
     def __post_init__(self):
         if self.layout not in ("flat", "padded"):
             raise ValueError(f"layout must be 'flat' or 'padded', got {self.layout!r}.")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        read = [_read(row, place) for place, row in enumerate(rows)]
-        if self.layout == "flat":
-            return flat_inputs(read, self.pad_token_id, self.pad_to_multiple_of)
-        return padded_inputs(read, self.pad_token_id, self.pad_to_multiple_of)
+        read = [read_row(row, place) for place, row in enumerate(rows)]
+        return inputs_of(read, self.layout, self.pad_token_id, self.pad_to_multiple_of, keyed=self.keyed)
+
+
+def inputs_of(
+    rows: Sequence[TokenizedPair],
+    layout: str,
+    pad_token_id: int,
+    multiple: int | None = None,
+    *,
+    keyed: bool = False,
+) -> dict[str, Any]:
+    """The inputs of a step, in one of the layouts."""
+    make = flat_inputs if layout == "flat" else padded_inputs
+    inputs = make(rows, pad_token_id, multiple)
+    if keyed:
+        keys = [completion_keys(row) for row in rows]
+        order = flat_order(rows) if layout == "flat" else padded_order(rows)
+        inputs["keys"] = tuple(keys[i][number] for i, number in order)
+    return inputs
 
 
 class Scored(NamedTuple):
@@ -62,7 +81,7 @@ class Scored(NamedTuple):
     target: Tensor  # the tokens
 
 
-def _read(row: Mapping[str, Any], place: int) -> TokenizedPair:
+def read_row(row: Mapping[str, Any], place: int) -> TokenizedPair:
     """Checked like rows of token ids that are yet to be prepared: they may come from anywhere."""
     plain = {name: _plain(row.get(name)) for name in (*TOKENIZED, *PREPARED, "margin", "weight")}
     own_id = plain["example_id"]
@@ -158,13 +177,18 @@ def flat_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int 
         segments.append((padding, 0, 0))
     lengths, prefix_start, prefix_length = zip(*segments, strict=True)
     return {
-        **_per_pair(rows, [(i, number) for i, row in enumerate(rows) for number in range(len(row.completions))]),
+        **_per_pair(rows, flat_order(rows)),
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.cat(positions)[None],
         **_per_token(completions),
         "num_tokens": num_tokens,
         "segments": Segments(length=lengths, prefix_start=prefix_start, prefix_length=prefix_length),
     }
+
+
+def flat_order(rows: Sequence[TokenizedPair]) -> list[tuple[int, int]]:
+    """(row, completion of it), as they stand in the flat row."""
+    return [(i, number) for i, row in enumerate(rows) for number in range(len(row.completions))]
 
 
 def padded_order(rows: Sequence[TokenizedPair]) -> list[tuple[int, int]]:

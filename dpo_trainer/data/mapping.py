@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from .columns import TOKENIZED, announce_unread, check_columns, is_tokenized
+from .content import content_id
 from .encode import eos_token_id, tokenizer_fingerprint
 from .report import RowFacts, labelled
 from .schema import pair_from_row, weight_from_row
@@ -119,14 +120,6 @@ def _margins(row: PairIds) -> list[float]:
     """One per pair; a row of which one pair has none has none."""
     margins = [pair.margin for pair in row.pairs if pair.margin is not None]
     return margins if len(margins) == len(row.pairs) else []
-
-
-def content_id(pair: PairIds) -> int:
-    """63 bits of a hash over the id lists."""
-    digest = hashlib.blake2b(digest_size=8)
-    for ids in (pair.prompt, *pair.completions):
-        digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
-    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def facts_of(batch: dict[str, Sequence]) -> RowFacts:

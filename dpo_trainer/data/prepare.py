@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
 from .columns import announce_unread, check_columns, read_columns
+from .content import content_id
 from .encode import text_tokenizer
-from .mapping import BATCH, FEATURES, NOTES, PairMapper, content_id
+from .mapping import BATCH, FEATURES, NOTES, PairMapper
 from .needs import Needs
 from .options import DataOptions
 from .report import USELESS, DataReport, Flag, RowFacts

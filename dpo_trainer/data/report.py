@@ -98,6 +98,10 @@ class DataReport:
     def dropped(self) -> int:
         return sum(self.counts[kind] for kind in DROPPED)
 
+    def clear(self) -> None:
+        """Count from nothing: a stream is read again."""
+        self.__init__(name=self.name, source=self.source, streaming=self.streaming)  # type: ignore[misc]
+
     def add(self, rows: RowFacts, numbers: np.ndarray) -> np.ndarray:
         """Count rows; `numbers` are their row numbers. Returns which of them are kept, bool [rows]."""
         keep = np.ones(len(rows.flags), dtype=bool)

@@ -11,20 +11,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from torch import Tensor
-
 from ..batch import PairBatch, Preferred, Segments, Stretch, TokenizedPair
-from .collate import padded_inputs
+from .collate import inputs_of
 
 
 def as_padded(batch: PairBatch, pad_token_id: int) -> PairBatch:
     """The same pairs in the padded layout, on the same device."""
     if not batch.is_flat:
         return batch
-    device = batch.input_ids.device
-    inputs = padded_inputs(pairs_of(batch), pad_token_id)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return dataclasses.replace(PairBatch.from_inputs(moved), weight=batch.weight)
+    inputs = inputs_of(pairs_of(batch), "padded", pad_token_id, keyed=batch.keys is not None)
+    return dataclasses.replace(PairBatch.from_inputs(inputs, batch.input_ids.device), weight=batch.weight)
 
 
 def pairs_of(batch: PairBatch) -> list[TokenizedPair]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data import report as training
-from ..data.mapping import content_id
+from ..data.content import content_id
 from .checks import ControlText, Endings, TemplateCheck, UnknownIds
 from .facts import RowFacts, facts_of
 from .result import RowCounts, RowError

@@ -1,0 +1,60 @@
+"""Hashes of token ids: what makes a row, or one completion of it, the same as another."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import xxhash
+from datasets import Dataset, IterableDataset
+
+from ..batch import Stretch, TokenizedPair
+from .truncate import PairIds
+
+
+def content_id(pair: PairIds) -> int:
+    """63 bits of a hash over the id lists."""
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in (pair.prompt, *pair.completions):
+        digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def completion_keys(row: TokenizedPair) -> list[bytes]:
+    """[K] 16 bytes for each completion: all that decides its log-prob, apart from the model.
+
+    Those are the prompt, the completion, and which tokens of it are scored: never the row, its other completions or how
+    it came to be. The same completion of the same prompt has the same key in every dataset.
+    """
+    start = hashlib.blake2b(_bytes(row.prompt_ids), digest_size=16)
+    keys = []
+    for number, ids in enumerate(row.completions):
+        digest = start.copy()
+        digest.update(_bytes(ids))
+        if unscored := sorted(_places(number, row.unscored)):
+            digest.update(_bytes(unscored))
+        keys.append(digest.digest())
+    return keys
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    """The length first, so that what ends one list cannot begin the next."""
+    return array("i", [len(ids), *ids]).tobytes()
+
+
+def _places(number: int, unscored: Iterable[Stretch]) -> set[int]:
+    """Tokens of one completion that are not scored, however they are cut into stretches."""
+    return {place for of, start, end in unscored if of == number for place in range(start, end)}
+
+
+def dataset_digest(dataset: Dataset | IterableDataset) -> str | None:
+    """Of the columns of a prepared table, in the order of its rows: 32 hex digits. None for a stream, which is not read."""
+    if not isinstance(dataset, Dataset):
+        return None
+    digest = xxhash.xxh3_128()
+    for table in dataset.with_format("arrow").iter(batch_size=1024):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
