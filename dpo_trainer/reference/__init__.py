@@ -1,6 +1,24 @@
 """Where reference log-probs come from: one protocol, its strategies, and the only place that chooses between them."""
 
+from .cached import CachedReference, cached
 from .choose import choose_reference
-from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference
+from .identity import identify
+from .moving import MovingAdapter, MovingModel
+from .store import Record
+from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
 
-__all__ = ["DisabledAdapter", "FrozenModel", "NamedAdapter", "NoReference", "Reference", "choose_reference"]
+__all__ = [
+    "CachedReference",
+    "DisabledAdapter",
+    "FrozenModel",
+    "MovingAdapter",
+    "MovingModel",
+    "NamedAdapter",
+    "NoReference",
+    "Record",
+    "Reference",
+    "UntrainedPolicy",
+    "cached",
+    "choose_reference",
+    "identify",
+]

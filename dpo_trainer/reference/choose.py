@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from ..logprobs import Scorer
-from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference
+from .moving import MovingAdapter, MovingModel
+from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
 
 COPIED_ADAPTER = "ref"
 
@@ -20,9 +20,12 @@ def choose_reference(
     scorer: Scorer,
     *,
     needed: bool,
-    reference_free: bool,
-    fresh_adapter: bool,
-    ref_adapter_name: str | None,
+    reference_free: bool = False,
+    fresh_adapter: bool = False,
+    ref_adapter_name: str | None = None,
+    separate_adapter: bool | None = None,
+    moving: bool = False,
+    copy_policy: bool = True,
 ) -> Reference:
     """The strategy for this run. `policy` is not wrapped yet, and stands as training will find it.
 
@@ -33,31 +36,80 @@ def choose_reference(
         reference_free: the user asked for none.
         fresh_adapter: the adapter was added just now, so that the model below it is where training starts.
         ref_adapter_name: an adapter of the policy that is the reference.
+        separate_adapter: whether the reference is a copy of the adapter or the model below it. None: what training starts
+            from, at the least memory.
+        moving: whether the reference shall follow the policy.
+        copy_policy: whether the policy's frozen copy shall be made, where that is the reference. False: its log-probs are
+            all taken before the policy trains, so that it can stand in for its copy.
+
+    Raises:
+        ValueError: for what contradicts itself or cannot work, by name and with the way out.
     """
-    _refuse_contradictions(policy, ref_model, needed, reference_free, ref_adapter_name)
+    chosen = {
+        "ref_model": ref_model,
+        "--ref_adapter_name": ref_adapter_name,
+        "--use_separate_reference_adapter": separate_adapter,
+    }
+    _refuse_useless([name for name, value in chosen.items() if value is not None], needed, reference_free, moving)
+    _refuse_the_policy(policy, ref_model)
+    _refuse_adapters(policy, ref_adapter_name, separate_adapter)
     if not needed:
         return NoReference()
     if ref_model is not None:
-        return FrozenModel(ref_model, Scorer(ref_model), "a model of its own, given as ref_model")
+        how = ", moving" if moving else ""
+        return _of_model(ref_model, f"a model of its own, given as ref_model{how}", policy, moving)
+    kind = "moving" if moving else "frozen"
+    if not isinstance(policy, PeftModel) and not copy_policy:
+        return UntrainedPolicy(scorer)
     if not isinstance(policy, PeftModel):
         # The live policy, not a reload by name: it may have been merged, resized, trained or built in this process.
         copied = copy.deepcopy(policy)
-        return FrozenModel(copied, Scorer(copied), "a frozen copy of the model that training started from")
+        return _of_model(copied, f"a {kind} copy of the model that training started from", policy, moving)
     trained = _active_adapter(policy)
     if ref_adapter_name is not None:
         _freeze(policy, ref_adapter_name)
         return NamedAdapter(scorer, trained, ref_adapter_name, f"the adapter {ref_adapter_name!r}")
-    if fresh_adapter:
+    starts_below = fresh_adapter and _begins_at_zero(policy.peft_config[trained])
+    if separate_adapter or (separate_adapter is None and (moving or not starts_below)):
+        _copy_adapter(policy, trained, COPIED_ADAPTER)
+        copied_from = f"a {kind} copy of the adapter {trained!r} that training started from"
+        if moving:
+            return MovingAdapter(scorer, trained, COPIED_ADAPTER, copied_from, policy)
+        return NamedAdapter(scorer, trained, COPIED_ADAPTER, copied_from)
+    if starts_below:
         return DisabledAdapter(scorer)
-    _copy_adapter(policy, trained, COPIED_ADAPTER)
-    return NamedAdapter(
-        scorer, trained, COPIED_ADAPTER, f"a frozen copy of the adapter {trained!r} that training started from"
+    return DisabledAdapter(
+        scorer, f"the base model, with the adapter {trained!r} off (the first loss need not be ln 2)"
     )
 
 
-def _refuse_contradictions(
-    policy: nn.Module, ref_model: Any, needed: bool, reference_free: bool, ref_adapter_name: str | None
-) -> None:
+def _of_model(model: nn.Module, description: str, policy: nn.Module, moving: bool) -> Reference:
+    if moving:
+        return MovingModel(model, Scorer(model), description, policy)
+    return FrozenModel(model, Scorer(model), description)
+
+
+def _begins_at_zero(config: PeftConfig) -> bool:
+    """Whether a fresh adapter leaves the model below it as it was.
+
+    Some ways to initialise LoRA (PiSSA, OLoRA, CorDA, LoftQ) take out of the base weight what they put into the adapter:
+    the base alone is then no model that anybody trained.
+    """
+    return getattr(config, "init_lora_weights", True) in (True, "gaussian")
+
+
+def _refuse_useless(chosen: list[str], needed: bool, reference_free: bool, moving: bool) -> None:
+    """A reference where nothing looks at one, and several at once."""
+    why = "--reference_free asks for none" if reference_free else "none of the losses in --loss_type looks at one"
+    if chosen and not needed:
+        raise ValueError(f"A reference was given by {' and '.join(chosen)}, but {why}: drop one of the two.")
+    if moving and not needed:
+        raise ValueError(f"--sync_ref_model moves the reference, but {why}: drop one of the two.")
+    if len(chosen) > 1:
+        raise ValueError(f"Both {' and '.join(chosen)} name a reference: give one of them.")
+
+
+def _refuse_the_policy(policy: nn.Module, ref_model: nn.Module | None) -> None:
     if ref_model is policy:
         raise ValueError(
             "ref_model is the model that is trained: it would move along, and every margin would stay 0. Leave ref_model "
@@ -68,13 +120,15 @@ def _refuse_contradictions(
             "ref_model is the base of the PEFT model that is trained, adapters included. Leave ref_model out: the "
             "reference is then the same base with its adapter off, at no extra memory."
         )
-    given = {"ref_model": ref_model, "--ref_adapter_name": ref_adapter_name}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not needed:
-        why = "--reference_free asks for none" if reference_free else "none of the losses in --loss_type looks at one"
-        raise ValueError(f"A reference was given by {' and '.join(given)}, but {why}: drop one of the two.")
-    if len(given) > 1:
-        raise ValueError("Both ref_model and --ref_adapter_name name a reference: give one of them.")
+
+
+def _refuse_adapters(policy: nn.Module, ref_adapter_name: str | None, separate_adapter: bool | None) -> None:
+    """Adapters that are not there, or that are trained."""
+    if separate_adapter is not None and not isinstance(policy, PeftModel):
+        raise ValueError(
+            f"--use_separate_reference_adapter {separate_adapter} is about the adapter of a model, and this one has none: "
+            "train one (peft_config, --use_peft), or drop the option."
+        )
     if ref_adapter_name is None:
         return
     if not isinstance(policy, PeftModel):
@@ -108,7 +162,11 @@ def _copy_adapter(model: PeftModel, source: str, target: str) -> None:
             f"The model already has an adapter {target!r}, the name that a frozen copy of {source!r} would get: say "
             f"--ref_adapter_name {target} if it is the reference, or rename it."
         )
-    model.add_adapter(target, copy.deepcopy(model.peft_config[source]))
+    config = copy.deepcopy(model.peft_config[source])
+    if hasattr(config, "init_lora_weights"):
+        # The first weights are overwritten anyway, and PiSSA and its like would change the base a second time.
+        config.init_lora_weights = True
+    model.add_adapter(target, config)
     weights = {name: w.clone() for name, w in get_peft_model_state_dict(model, adapter_name=source).items()}
     set_peft_model_state_dict(model, weights, adapter_name=target)
     model.set_adapter(source)

@@ -9,14 +9,18 @@ from typing import Protocol
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from ..batch import PairBatch, PairLogps
 from ..logprobs import Scorer, evaluation_mode
+from .identity import Identity, identify
 
 
 class Reference(Protocol):
-    """Where reference log-probs come from. Chosen once, when the trainer is built."""
+    """Where reference log-probs come from. Chosen once, when the trainer is built.
+
+    A reference that stays needs `logps`, `description` and `own`, and inherits the rest.
+    """
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps | None:
         """Log-probs of `batch` under the reference: no gradient, float32, pairs in batch order.
@@ -30,8 +34,41 @@ class Reference(Protocol):
     own: list[tuple[Scorer, nn.Module]]
     """Models of its own besides the policy, each with its scorer: the trainer places them and checks their layout."""
 
+    lasting: bool = False
+    """Whether it is part of the policy's own module, and there for as long as that is."""
 
-class NoReference:
+    keyed: bool = False
+    """Whether it looks completions up by what they are, so that batches must say it (`PairBatch.keys`)."""
+
+    def release(self) -> None:
+        """Training begins: let go of what nobody asks for any more."""
+        return
+
+    def identity(self, policy: nn.Module, precision: str) -> Identity | None:
+        """What it is, as a hash over its weights. `policy` as it is before training; None where there is no reference."""
+        return None
+
+    moving: bool = False
+    """Whether it follows the policy while that trains: see `moving.py`."""
+
+    def move(self, policy: nn.Module, alpha: float) -> None:
+        """reference <- alpha * policy + (1 - alpha) * reference, in place. `policy` as it is wrapped now."""
+        raise RuntimeError(f"{type(self).__name__} does not move.")
+
+    def state(self) -> dict[str, Tensor]:
+        """What training changes of it, by name, for checkpoints: contiguous, tied weights once. Empty if it stays."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` returned, in place. ValueError for the state of another reference."""
+        if state:
+            raise ValueError(
+                f"The checkpoint holds a reference that moved, and this run's stays ({self.description}): resume with "
+                "--sync_ref_model, as the checkpoint was written."
+            )
+
+
+class NoReference(Reference):
     """For losses that need none, and for a uniform reference (`reference_free`)."""
 
     description = "none"
@@ -43,7 +80,7 @@ class NoReference:
         return None
 
 
-class FrozenModel:
+class FrozenModel(Reference):
     """A model of its own that never changes: a copy of the policy as training found it, or one that the user gave."""
 
     def __init__(self, model: nn.Module, scorer: Scorer, description: str):
@@ -56,14 +93,36 @@ class FrozenModel:
         with torch.no_grad():
             return self.scorer(self.model, batch, extras=False)
 
+    def identity(self, policy: nn.Module, precision: str) -> Identity | None:
+        active = self.model.active_adapter if isinstance(self.model, PeftModel) else None
+        return identify(self.model, adapter=active, precision=precision)
 
-class DisabledAdapter:
-    """The policy with its adapter off: one more forward, no more memory."""
 
-    description = "the policy with its adapter disabled"
+class UntrainedPolicy(Reference):
+    """The policy itself, as long as nothing has trained it: what its frozen copy would say, without the copy."""
+
+    description = "the model as training found it"
 
     def __init__(self, scorer: Scorer):
         self.scorer = scorer
+        self.own: list[tuple[Scorer, nn.Module]] = []
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
+        with torch.no_grad(), evaluation_mode(extract_model_from_parallel(policy)):
+            return self.scorer(policy, batch, extras=False)
+
+    def identity(self, policy: nn.Module, precision: str) -> Identity | None:
+        return identify(policy, precision=precision)
+
+
+class DisabledAdapter(Reference):
+    """The policy with its adapter off: one more forward, no more memory."""
+
+    lasting = True
+
+    def __init__(self, scorer: Scorer, description: str = "the policy with its adapter disabled"):
+        self.scorer = scorer
+        self.description = description
         self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
@@ -76,9 +135,14 @@ class DisabledAdapter:
         ):
             return self.scorer(policy, batch, extras=False)
 
+    def identity(self, policy: nn.Module, precision: str) -> Identity | None:
+        return identify(policy, precision=precision)
 
-class NamedAdapter:
+
+class NamedAdapter(Reference):
     """A second, frozen adapter on the same base model."""
+
+    lasting = True
 
     def __init__(self, scorer: Scorer, policy_adapter: str, reference_adapter: str, description: str):
         self.scorer = scorer
@@ -95,6 +159,9 @@ class NamedAdapter:
                 return self.scorer(policy, batch, extras=False)
             finally:
                 peft_model.set_adapter(self.policy_adapter)
+
+    def identity(self, policy: nn.Module, precision: str) -> Identity | None:
+        return identify(policy, adapter=self.reference_adapter, precision=precision)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,273 @@
+"""What determines the numbers of a reference, as a hash: the key under which its log-probs are kept.
+
+Everything counts but what is known not to matter. A difference too many costs one more computation; one too few would
+give the log-probs of another model.
+
+Left out, because they change last digits at most: the device, the attention implementation, the versions of libraries.
+Left out, because they follow from the config: buffers that are not saved (the frequencies of rotary embeddings).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedModel
+
+from ..logprobs import base_model, evaluation_mode
+
+FORMAT = 1
+"""To be raised when the same model shall get another digest."""
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+THREADS = min(4, os.cpu_count() or 1)
+
+DROPOUT = re.compile(r"dropout|pdrop|layerdrop|drop_path")
+
+# Fields of a model's config, and of the configs within it.
+ORIGIN = "_name_or_path _commit_hash transformers_version architectures auto_map"
+OUTPUT = "use_cache return_dict output_attentions output_hidden_states output_router_logits router_aux_loss_coef"
+SPECIAL_TOKENS = "pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id"  # the trainer sets them
+CLASSIFICATION = "id2label label2id problem_type"
+# Every tensor and every layer says its own dtype; attention and experts may be computed in any of several ways.
+COMPUTED_AS = "dtype torch_dtype _attn_implementation _experts_implementation gradient_checkpointing"
+OF_NO_MATTER = frozenset(
+    " ".join([ORIGIN, OUTPUT, SPECIAL_TOKENS, CLASSIFICATION, COMPUTED_AS, "initializer_range"]).split()
+)
+
+# Fields of an adapter's config: where it is from, how its weights began, and where they are (their names tell).
+# Not `init_lora_weights` and its like: some of their values (those of MiSS, for one) choose another forward.
+ADAPTER_ORIGIN = "base_model_name_or_path revision peft_version auto_mapping task_type inference_mode"
+ADAPTER_START = (
+    "loftq_config eva_config corda_config lora_ga_config "
+    "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"
+)
+ADAPTER_PLACES = "target_modules target_parameters exclude_modules modules_to_save layers_to_transform layers_pattern"
+OF_NO_MATTER_IN_ADAPTER = frozenset(f"{ADAPTER_ORIGIN} {ADAPTER_START} {ADAPTER_PLACES}".split())
+
+ADAPTER_PARTS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A reference, recognised by what its log-probs depend on."""
+
+    digest: str  # 32 hex digits
+    about: dict[str, str]  # for people: model, source, adapter, quantization, computed in
+
+
+def identify(model: nn.Module, *, adapter: str | None = None, precision: str = "float32") -> Identity:
+    """The identity of a reference. Reads every weight once; changes nothing and draws no random numbers.
+
+    Args:
+        model: a transformers model or a PeftModel, with all its weights in this process; wrappers do not matter.
+        adapter: the PEFT adapter that is active in the reference, whichever is now. None: all adapters are off.
+        precision: what the forward computes in where mixed precision is on, else "float32".
+
+    Raises:
+        ValueError: the adapter does not exist or is merged, or the weights are not here.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"The precision of a reference is one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    _check_adapters(model, adapter)
+    _check_weights_are_here(model)
+    base = base_model(model)
+    names = _names_without_adapters(base)
+    content = {
+        "format": FORMAT,
+        "class": type(base).__name__,
+        "config": _plain(base.config.to_dict(), without=OF_NO_MATTER),
+        "numbers": _numbers(base, names),
+        "weights": _digests(_weights(base, names)),
+        "adapter": None if adapter is None else _adapter(model, names, adapter),
+        "precision": precision,
+    }
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return Identity(digest, _about(model, names, adapter, precision))
+
+
+def _check_adapters(model: nn.Module, adapter: str | None) -> None:
+    """Refuse adapters that the model lacks, and states in which the weights do not tell what it computes."""
+    known = model.peft_config if isinstance(model, PeftModel) else {}
+    if adapter is not None and adapter not in known:
+        raise ValueError(
+            f"{type(model).__name__} has no adapter {adapter!r} (it has {', '.join(known) or 'none'}): name one of them, "
+            "or load it with PeftModel.from_pretrained."
+        )
+    for name, part in _adapter_parts(model):
+        if part.merged_adapters:
+            raise ValueError(
+                f"The adapter {part.merged_adapters[0]!r} is merged into the weights of {name}, for as long as it is on: "
+                "call unmerge_adapter(), or merge_and_unload() to make it part of the model for good."
+            )
+        if not isinstance(model, PeftModel) and part.active_adapters and not part.disable_adapters:
+            raise ValueError(
+                f"{type(model).__name__} has an active adapter in {name}, but is no PeftModel. Load the adapter with "
+                "PeftModel.from_pretrained instead of model.load_adapter, or switch it off with disable_adapters()."
+            )
+
+
+def _check_weights_are_here(model: nn.Module) -> None:
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(_not_here("The model", "is sharded by FSDP"))
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+            raise ValueError(_not_here(name, "is partitioned by DeepSpeed ZeRO-3"))
+
+
+def _not_here(name: str, why: str) -> str:
+    return (
+        f"{name} {why}: its values are not here to be hashed. Identify the reference before the model is sharded or "
+        "offloaded, or gather its weights first."
+    )
+
+
+def _adapter_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, ADAPTER_PARTS))
+
+
+def _names_without_adapters(base: PreTrainedModel) -> dict[str, str | None]:
+    """{path of a module: its path in the model without adapters}; None for what belongs to an adapter.
+
+    PEFT puts its layers in the place of the model's own, which it keeps inside: both get the name of the place.
+    """
+    names: dict[str, str | None] = {"": ""}
+    modules = dict(base.named_modules(remove_duplicate=False))  # parents come before their children
+    for path, module in modules.items():
+        if not path:
+            continue
+        above, _, own = path.rpartition(".")
+        outer, place = modules[above], names[above]
+        if isinstance(outer, BaseTunerLayer):
+            names[path] = place if own == "base_layer" else None
+        elif isinstance(outer, AuxiliaryTrainingWrapper):
+            is_kept = module is outer.original_module or isinstance(module, BaseTunerLayer)
+            names[path] = place if is_kept else None
+        else:
+            names[path] = None if place is None else f"{place}.{own}".removeprefix(".")
+    return names
+
+
+def _weights(base: PreTrainedModel, names: dict[str, str | None]) -> dict[str, Tensor]:
+    """What the model saves (parameters, buffers, the state of quantised weights), named as without adapters."""
+    weights = {}
+    for key, tensor in base.state_dict().items():
+        owner = key.rpartition(".")[0]
+        while owner not in names:  # q_proj.weight.absmax belongs to q_proj
+            owner = owner.rpartition(".")[0]
+        place = names[owner]
+        if place is not None and not isinstance(base.get_submodule(owner), ADAPTER_PARTS):
+            weights[place + key[len(owner) :]] = tensor
+    return weights
+
+
+def _numbers(base: PreTrainedModel, names: dict[str, str | None]) -> dict[str, float]:
+    """Scales, caps and epsilons as the modules hold them: they may have been changed since the config was read."""
+    return {
+        f"{names[path]}.{attribute}": value
+        for path, module in base.named_modules()
+        if names[path] is not None and not isinstance(module, (*ADAPTER_PARTS, _DropoutNd))
+        for attribute, value in vars(module).items()
+        if isinstance(value, float) and not DROPOUT.search(attribute)
+    }
+
+
+def _adapter(model: PeftModel, names: dict[str, str | None], adapter: str) -> dict[str, Any]:
+    """Weights, config and numbers of one adapter, without its name."""
+    # The embeddings that it may save along are the model's, and asking for them may ask the hub. A prompt encoder is
+    # run for its weights: without dropout.
+    with torch.no_grad(), evaluation_mode(model):
+        weights = get_peft_model_state_dict(model, model.state_dict(), adapter, save_embedding_layers=False)
+    numbers: dict[str, list[Any]] = {}
+    for path, layer in _adapter_parts(base_model(model)):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for attribute in layer.other_param_names:  # scaling, which can be set at run time, and its like
+            held = getattr(layer, attribute)
+            if isinstance(held, dict) and isinstance(held.get(adapter), float | int | str | list):
+                # A list, because one layer can carry several: adapters of two parameters of the same module.
+                numbers.setdefault(f"{names[path]}.{attribute}", []).append(_plain(held[adapter]))
+    return {
+        "weights": _digests(weights),
+        "config": _plain(model.peft_config[adapter].to_dict(), without=OF_NO_MATTER_IN_ADAPTER),
+        "numbers": {name: values for name, values in numbers.items() if not DROPOUT.search(name)},
+    }
+
+
+def _digests(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+    """{name: [dtype, shape, hash of the bytes]}; tied weights are read once."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} is saved with the model as a {type(tensor).__name__}: only tensors can be hashed."
+            )
+        if tensor.is_meta:
+            raise ValueError(_not_here(name, "is on the meta device (offloaded, or never loaded)"))
+        if hasattr(tensor, "__tensor_flatten__"):
+            raise ValueError(_not_here(name, f"is a {type(tensor).__name__}, spread or packed"))
+    places = {name: (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
+    distinct = {places[name]: tensor for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = dict(zip(distinct, pool.map(_digest, distinct.values()), strict=True))
+    return {name: [str(t.dtype), list(t.shape), digests[places[name]]] for name, t in tensors.items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    numbers = tensor.detach().cpu().contiguous()
+    row = numbers.as_strided([numbers.numel()], [1])  # with 0 or 1 numbers, "contiguous" says nothing about strides
+    return xxhash.xxh3_128_hexdigest(row.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
+
+
+def _plain(value: Any, *, without: frozenset[str] = frozenset()) -> Any:
+    """A config as JSON holds it, free of dropout and of the fields in `without`, at any depth; sets in order."""
+    if isinstance(value, dict):
+        kept = {str(key): part for key, part in value.items() if key not in without and not DROPOUT.search(str(key))}
+        return {key: _plain(part, without=without) for key, part in kept.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(str(part) for part in value)
+    if isinstance(value, list | tuple):
+        return [_plain(part, without=without) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _about(
+    model: PreTrainedModel | PeftModel, names: dict[str, str | None], adapter: str | None, precision: str
+) -> dict[str, str]:
+    base = base_model(model)
+    dtype = str(base.dtype).removeprefix("torch.")
+    own = [p for name, p in base.named_parameters() if names[name.rpartition(".")[0]] is not None]
+    # A 4-bit tensor holds two weights in a number, and knows its shape.
+    sizes = [getattr(getattr(p, "quant_state", None), "shape", p.shape).numel() for p in own]
+    return {
+        "model": f"{type(base).__name__}, {sum(sizes):,} parameters, {dtype}",
+        "source": base.config._name_or_path or "built in memory",
+        "adapter": "none" if adapter is None else f"{adapter!r}, {model.peft_config[adapter].peft_type.value}",
+        "quantization": _quantization(base),
+        "computed in": dtype if precision == "float32" else precision,
+    }
+
+
+def _quantization(base: PreTrainedModel) -> str:
+    config = base.config.to_dict().get("quantization_config")
+    if not config:
+        return "none"
+    method = str(getattr(config["quant_method"], "value", config["quant_method"]))
+    if config.get("load_in_4bit"):
+        nested = ", nested" if config["bnb_4bit_use_double_quant"] else ""
+        return f"{method}, {config['bnb_4bit_quant_type']}{nested}, computed in {config['bnb_4bit_compute_dtype']}"
+    return f"{method}, 8 bits" if config.get("load_in_8bit") else method
