@@ -125,6 +125,14 @@ class MetricSums:
         self.table: Tensor | None = None  # [K, 2], on the device of the losses
         self.num_tokens = 0
 
+    def mark(self) -> Tensor | None:
+        """What `back_to` returns to: the sums as they are now. `add` makes a new table and leaves this one alone."""
+        return self.table
+
+    def back_to(self, mark: Tensor | None) -> None:
+        """Forget the sums of a step that was not made. Its tokens were computed all the same."""
+        self.table = mark
+
     @torch.no_grad()
     def add(self, parts: StepParts) -> None:
         table = torch.stack([METRICS[name](parts) for name in self.names])
@@ -187,30 +195,4 @@ class FallingChosenWarning:
             f"likely than under the reference, and the margin is {margin:.1f} nats. Loss and accuracy do not show it; the "
             "model may stop writing well-formed answers. Add an NLL term (--rpo_alpha 1), raise --beta, or lower the "
             "learning rate, and make sure that chosen completions end with the EOS token."
-        )
-
-
-class FiniteCheck:
-    """One look per optimizer step at the losses of all its micro-batches, before the weights are touched."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def watch(self, parts: StepParts) -> None:
-        self.seen.append((parts.batch.example_ids, parts.losses.detach()))
-
-    def check(self, gather: Callable[[Tensor], Tensor], step: int) -> None:
-        """Raise on all ranks when any pair of the step had a non-finite loss, naming step and `example_ids`."""
-        if not self.seen:
-            return
-        ids, losses = (torch.cat(column) for column in zip(*self.seen, strict=True))
-        self.seen = []
-        bad = ~torch.isfinite(losses)
-        if gather(bad.sum()).item() == 0:
-            return
-        here = list(dict.fromkeys(ids[bad].tolist()))  # pairs of one row have one id
-        which = f"example_ids {here[:20]}" if here else "on another rank"
-        raise FloatingPointError(
-            f"The loss of optimizer step {step} is not finite ({which}). The weights were not updated. Look at these rows, "
-            "lower the learning rate, or train in float32 (--bf16 false)."
         )

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer, register_loss
 from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
-from dpo_trainer.metrics import METRICS, FallingChosenWarning, FiniteCheck, MetricSums, StepParts, per_pair, step_loss
+from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
 
 # --- by hand ---
 
@@ -521,79 +521,6 @@ def test_a_micro_batch_waits_for_nothing(tmp_path, monkeypatch):
     assert waited[1:] == [Counter()] * 3
     # Per optimizer step: the number of pairs, and the finite check; and the one line at the end.
     assert len(collectives) <= 2 * 2 + 1
-
-
-# --- a loss that is not finite ---
-
-
-@register_loss("nan_for_long_chosen", needs_reference=False)
-def nan_for_long_chosen(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
-    """NaN for one pair alone: the one whose chosen completion has more than 30 tokens. All gradients are finite."""
-    return -beta * policy.margin() + torch.where(policy.chosen_lengths > 30, math.nan, 0.0)
-
-
-class WeightsAfterEachStep(TrainerCallback):
-    def __init__(self):
-        self.seen: list[dict[str, Tensor]] = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seen.append(tiny.weights(model))
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_nan_stops_the_run_before_the_weights_are_touched(accumulate, tmp_path):
-    rows = tiny.rows(12)
-    rows[9]["chosen"] = " " + "a" * 40
-    assert all(len(row["chosen"]) < 28 for i, row in enumerate(rows) if i != 9)
-    after = WeightsAfterEachStep()
-    trainer = tiny.trainer(
-        tmp_path,
-        train=Dataset.from_list(rows),
-        loss_type="nan_for_long_chosen",
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=accumulate,
-        train_sampling_strategy="sequential",
-        max_steps=6,
-        parts={"callbacks": [after]},
-    )
-    step = 5 if accumulate == 1 else 3  # rows 8 and 9 are the fifth batch
-    with pytest.raises(FloatingPointError, match=rf"optimizer step {step} is not finite \(example_ids \[9\]\)"):
-        trainer.train()
-    assert len(after.seen) == step - 1
-    tiny.assert_same_weights(tiny.weights(trainer.model), after.seen[-1])
-    assert tiny.moved(tiny.weights(tiny.llama()), after.seen[-1]) > 0  # the steps before did train
-
-
-def watched(example_ids: list[int], losses: list[float]) -> StepParts:
-    """As much of a micro-batch as the check looks at."""
-    whole = parts()
-    batch = dataclasses.replace(whole.batch, example_ids=torch.tensor(example_ids))
-    return dataclasses.replace(whole, batch=batch, losses=torch.tensor(losses))
-
-
-def test_finite_check_is_silent_about_finite_losses_and_forgets():
-    check = FiniteCheck()
-    check.check(lambda n: n, step=1)  # nothing seen
-    check.watch(watched([4], [1.0]))
-    check.check(lambda n: n, step=1)
-    check.watch(watched([5, 6], [1.0, math.inf]))
-    with pytest.raises(FloatingPointError, match=r"step 2 .*example_ids \[6\].*not updated.*learning rate"):
-        check.check(lambda n: n, step=2)
-
-
-def test_finite_check_names_a_row_of_several_pairs_once():
-    check = FiniteCheck()
-    check.watch(watched([7, 7, 7, 3], [math.nan, 1.0, math.nan, math.inf]))
-    with pytest.raises(FloatingPointError, match=r"\(example_ids \[7, 3\]\)"):
-        check.check(lambda n: n, step=1)
-
-
-def test_finite_check_stops_every_rank():
-    """This rank is fine; the sum over ranks says that another is not."""
-    check = FiniteCheck()
-    check.watch(watched([4], [1.0]))
-    with pytest.raises(FloatingPointError, match="on another rank"):
-        check.check(lambda n: n + 1, step=3)
 
 
 # --- the warning that loss and accuracy do not give ---

@@ -117,6 +117,14 @@ class RunningShift:
         # As an increment: sums over a whole run would lose digits in float32.
         self.mean = self.mean + (total - count * self.mean) / self.count.clamp(min=torch.finfo(torch.float32).tiny)
 
+    def mark(self) -> tuple[Tensor, Tensor]:
+        """What `back_to` returns to; an update makes new tensors and leaves these alone."""
+        return self.mean, self.count
+
+    def back_to(self, mark: tuple[Tensor, Tensor]) -> None:
+        """Forget the pairs of a step that was not made."""
+        self.mean, self.count = mark
+
     def to(self, device: torch.device) -> RunningShift:
         self.mean, self.count = self.mean.to(device), self.count.to(device)
         return self

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from .likelihood import chosen_nll
 from .ranks import Ranks
 from .record import LOSSES, Loss, hyperparameters
 from .shaping import Divergence, divergence_by_name, length_desensitized, log_ratios, reverse_kl, wpo_weight
+
+Plain = int | float | str | None
+"""Options of an objective, apart from its parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +185,20 @@ class Objective:
 
     def _takes(self, argument: str) -> bool:
         return any(argument in term.loss.arguments for term in self.terms)
+
+    def description(self) -> dict[str, Any]:
+        """All that decides the loss of a pair, as JSON takes it: two runs with the same description have the same objective."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Plain)}
+        divergence = self.divergence
+        name, options = (
+            (divergence.func.__name__, divergence.keywords)
+            if isinstance(divergence, partial)
+            else (divergence.__name__, {})
+        )
+        return plain | {
+            "losses": [[term.loss.name, term.weight, term.hyperparameters] for term in self.terms],
+            "divergence": [name, options],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What training changes, as JSON takes it: part of the checkpoint."""

@@ -1,0 +1,30 @@
+"""Checkpoint folders that are whole, or not there.
+
+    with saving(final):                             # what the disk refuses becomes one clear error
+        aside = fresh_aside(output_dir, final.name) # main process
+        ...                                         # every process writes its files into `aside`
+        seal(aside)                                 # main process: synced, and listed in the manifest
+        publish(aside, final)                       # main process: one rename
+
+A kill at any moment leaves the folder under its name complete, or absent, or complete as it was before.
+"""
+
+from __future__ import annotations
+
+from .folders import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, recover
+from .manifest import MANIFEST, broken_file, seal
+from .saving import CheckpointError, saving
+
+__all__ = [
+    "ASIDE",
+    "MANIFEST",
+    "CheckpointError",
+    "broken_file",
+    "checked_checkpoint",
+    "fresh_aside",
+    "last_whole_checkpoint",
+    "publish",
+    "recover",
+    "saving",
+    "seal",
+]

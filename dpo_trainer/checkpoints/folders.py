@@ -1,0 +1,121 @@
+"""From a folder aside to the folder of that name, and back to the last one that is whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from .manifest import MANIFEST, broken_file, sync
+
+logger = logging.getLogger(__name__)
+
+ASIDE = ".incomplete"  # folder in output_dir where a checkpoint is written before it has its name
+NAME = re.compile(r"checkpoint-([0-9]+)")
+
+
+def fresh_aside(output_dir: Path, name: str) -> Path:
+    """An empty folder in which to write the checkpoint `name`. What killed runs left unfinished is removed.
+
+    One checkpoint at a time: an unfinished one of another name is taken for such a leftover.
+    """
+    recover(output_dir)
+    remove(output_dir / ASIDE)
+    aside = output_dir / ASIDE / name
+    aside.mkdir(parents=True)
+    return aside
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Give a sealed folder (of `fresh_aside`) its name, synced. What has the name is moved aside first, and removed after."""
+    if not (aside / MANIFEST).is_file():
+        raise ValueError(f"{aside} has no {MANIFEST}: seal it before it is published.")
+    old = final.parent / ASIDE / f"{final.name}.old"
+    if os.path.lexists(final):
+        final.rename(old)
+    try:
+        aside.rename(final)
+    except BaseException:
+        recover(final.parent)
+        raise
+    sync(final.parent)
+    sync(aside.parent)
+    discard(old)
+
+
+def recover(output_dir: Path) -> None:
+    """Finish a replacement that was cut off within `publish`: the old folder gets its name back, or goes."""
+    for old in sorted((output_dir / ASIDE).glob("*.old")):
+        final = output_dir / old.stem
+        if os.path.lexists(final):
+            discard(old)
+            continue
+        old.rename(final)
+        sync(output_dir)
+        logger.warning(f"{final} was about to be replaced when its run ended: the one from before has its name again.")
+
+
+def last_whole_checkpoint(output_dir: Path) -> Path | None:
+    """The usable checkpoint-N of the highest N; broken ones are skipped with a warning. None if there is none.
+
+    For the main process alone: it reads whole checkpoints, and may give one its name back (`recover`).
+    """
+    recover(output_dir)
+    for checkpoint in numbered(output_dir):
+        reason = broken_file(checkpoint)
+        if reason is None:
+            return checkpoint
+        logger.warning(f"{checkpoint} is skipped: {reason}.")
+    return None
+
+
+def checked_checkpoint(path: str | Path, force: bool = False) -> Path:
+    """The checkpoint that the user named. ValueError if it is no folder, or broken and not `force`d.
+
+    For the main process alone, as `last_whole_checkpoint`.
+    """
+    checkpoint = Path(path).expanduser()
+    if not os.path.lexists(checkpoint):
+        recover(checkpoint.parent)
+    reason = broken_file(checkpoint)
+    if reason is None:
+        return checkpoint
+    if force and checkpoint.is_dir():
+        logger.warning(f"{checkpoint} is used, as --force_resume asks for, though {reason}.")
+        return checkpoint
+    there = numbered(checkpoint) or numbered(checkpoint.parent)
+    whole = [str(other) for other in there if other != checkpoint and broken_file(other) is None]
+    raise ValueError(
+        f"{checkpoint} is not a checkpoint to resume from: {reason}. "
+        + (f"Whole ones: {', '.join(whole)}." if whole else "There is no whole one beside it either.")
+        + (" --force_resume uses it as it is." if checkpoint.is_dir() else "")
+    )
+
+
+def numbered(output_dir: Path) -> list[Path]:
+    """All that is called checkpoint-N, highest N first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove what nobody needs any more, and ASIDE with the last of it. If that fails, only disk space is lost."""
+    try:
+        remove(path)
+    except OSError as error:
+        logger.warning(f"{path} could not be removed ({error}): remove it to have its space back.")
+    with suppress(OSError):  # not there, or not empty
+        path.parent.rmdir()

@@ -1,0 +1,276 @@
+"""DurableTrainer: a run that survives kills, signals, full disks and bad numbers. Knows nothing of preferences.
+
+Checkpoints are whole or not there (checkpoints/); a resumed run is the run that was interrupted, or is refused
+(run_state.py); before each optimizer step all ranks agree that its numbers are finite and that nobody was told to stop
+(failures.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from .checkpoints import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, saving, seal
+from .failures import StepWatch, Verdict, non_finite_error
+from .run_state import read_state, refuse_another_run, write_state
+
+logger = logging.get_logger(__name__)
+
+STOPPED_BY_SIGNAL = 75
+"""Exit code of a script whose run was told to stop, and saved: "try again" (EX_TEMPFAIL of sysexits.h)."""
+
+
+class DurableTrainer(Trainer):
+    """`transformers.Trainer`, made to last.
+
+    A subclass says what training changes besides model and optimizer (`run_state`, `load_run_state`), what makes two runs
+    the same (`run_identity`), and how to undo a step that was not made (`mark_step`).
+    """
+
+    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+        super().__init__(*args, callbacks=[StepGuard(self), *(callbacks or [])], **kwargs)
+        self.watch = StepWatch()
+        self.stop_asked = False  # this rank was told to stop
+        self.stopped_by_signal = False  # all ranks did, and saved
+        self.skipped_steps = 0
+        self._aside: Path | None = None  # where the checkpoint is written that has no name yet
+        self._resuming: str | None = None
+        self._attempted = False
+
+    # --- what a subclass knows ---
+
+    def run_identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be one of this run; JSON. Asked before anything trains."""
+        raise NotImplementedError
+
+    def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What training changes besides model, optimizer and what transformers saves: JSON, and tensors. On all ranks."""
+        raise NotImplementedError
+
+    def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    def mark_step(self) -> Any:
+        """What `undo_step` returns to; nothing is copied off the device."""
+        raise NotImplementedError
+
+    def undo_step(self, mark: Any) -> None:
+        raise NotImplementedError
+
+    # --- a run, from its checkpoint to its end ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As `Trainer.train`. `resume_from_checkpoint`: a folder; True or "true" for the newest whole checkpoint in
+        `output_dir`; "auto" for that one, or none where there is none yet.
+
+        At SIGTERM the step under way is finished and saved, and `stopped_by_signal` is set.
+        """
+        self._resuming = self._same_on_all_ranks(
+            lambda: checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, force=self.args.force_resume)
+        )
+        self.stop_asked = self.stopped_by_signal = self._attempted = False
+        if self.model_init is None:
+            self.know_run()
+        with self._heeding_sigterm():
+            return super().train(self._resuming, *args, **kwargs)
+
+    def know_run(self) -> None:
+        """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
+        self.identity = self._same_on_all_ranks(self.run_identity)
+        if self._resuming is not None:
+            refuse_another_run(self._resuming, self.identity, force=self.args.force_resume)
+
+    def _same_on_all_ranks(self, ask: Any) -> Any:
+        """The answer of the main process, whose error is everybody's."""
+        if self.accelerator.num_processes == 1:
+            return ask()
+        answer: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                answer[0] = ask()
+            except (ValueError, OSError) as error:
+                answer[1] = str(error)
+        value, problem = broadcast_object_list(answer)
+        if problem is not None:
+            raise ValueError(problem)
+        return value
+
+    @contextlib.contextmanager
+    def _heeding_sigterm(self) -> Iterator[None]:
+        """While it trains; Python delivers signals to its main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            self.stop_asked = True
+
+        before = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Called by `auto_find_batch_size` before each attempt."""
+        if self._attempted and self.state.global_step > self._initial_global_step:
+            raise ValueError(
+                f"--auto_find_batch_size: memory ran out at step {self.state.global_step + 1}, after the weights had moved, so "
+                f"that a new start would not be one. Start again with --per_device_train_batch_size {batch_size}, or "
+                "resume from a checkpoint with it."
+            )
+        self._attempted = True
+        self.watch.clear()
+        super()._update_auto_batch_size(batch_size)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A gradient scaler (float16) meets overflow by itself, and is expected to.
+        self.watch.gradient_norm = None if self.accelerator.scaler is not None else norm
+        return norm
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    # --- checkpoints ---
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written aside by `Trainer`, then sealed and given its name. Nobody sees half a checkpoint."""
+        run_folder = Path(self._get_output_dir(trial))
+        final = run_folder / f"checkpoint-{self.state.global_step}"
+        main = self.args.should_save
+        with saving(final, main=main):
+            if main:
+                fresh_aside(run_folder, final.name)
+            self.accelerator.wait_for_everyone()
+            self._aside = run_folder / ASIDE
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            self.accelerator.wait_for_everyone()
+            if main:
+                self._name_best(run_folder, final)
+                self.state.save_to_json(str(run_folder / ASIDE / final.name / TRAINER_STATE_NAME))
+                seal(run_folder / ASIDE / final.name)
+                publish(run_folder / ASIDE / final.name, final)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if main:
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _name_best(self, run_folder: Path, final: Path) -> None:
+        """By the name that it has from now on, not by the one it was written under."""
+        best = run_folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == final or best.exists()):
+            self.state.best_model_checkpoint = str(best)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:  # once it has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # the arguments as text: a pickle can run code when it is read
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state, tensors = self.run_state()
+        if self.args.should_save:
+            write_state(Path(output_dir), self.identity, {**state, "skipped_steps": self.skipped_steps}, tensors)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state, tensors = read_state(Path(checkpoint))
+            self.skipped_steps = state.pop("skipped_steps")
+            self.load_run_state(state, tensors)
+
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str, *, force: bool) -> str | None:
+    """The folder to resume from, whole; None for a fresh start.
+
+    Raises:
+        ValueError: for a folder that is broken or none, and where "true" finds nothing.
+    """
+    word = str(asked).lower()
+    if word in ("none", "false"):
+        return None
+    if word not in ("auto", "true"):
+        return str(checked_checkpoint(asked, force))  # type: ignore[arg-type]  # neither None nor a bool
+    found = last_whole_checkpoint(Path(output_dir))
+    if found is None and word == "true":
+        raise ValueError(
+            f"--resume_from_checkpoint true: there is no whole checkpoint in {output_dir!r}. Say auto to begin where there is "
+            "none yet, or name the folder of one."
+        )
+    logger.warning(f"Resuming from {found}." if found else f"No checkpoint in {output_dir!r} yet: starting fresh.")
+    return None if found is None else str(found)
+
+
+class StepGuard(TrainerCallback):
+    """Looks at a step before it is made, and ends the run behind one."""
+
+    def __init__(self, trainer: DurableTrainer):
+        self.trainer = trainer
+        self.stop = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mark = self.trainer.mark_step()
+        self.loss_before = self.trainer._tr_loss.clone()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        verdict = trainer.watch.verdict(trainer.sum_over_ranks, stop_asked=trainer.stop_asked)
+        self.stop = self.stop or verdict.stop_asked
+        if verdict.finite:
+            return
+        if args.nonfinite == "stop":
+            raise non_finite_error(verdict, state.global_step + 1)
+        self._leave_out(verdict, state.global_step + 1)
+
+    def _leave_out(self, verdict: Verdict, step: int) -> None:
+        """Without gradients an optimizer touches neither weights nor its own state."""
+        trainer = self.trainer
+        trainer.optimizer.zero_grad()
+        trainer.undo_step(self.mark)
+        trainer._tr_loss.copy_(self.loss_before)
+        trainer._initial_global_step += 1  # the mean loss of the run is over the steps that were made
+        trainer.skipped_steps += 1
+        logger.warning(f"{verdict.problem(step)}: it was left out, number {trainer.skipped_steps} of this run.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop:
+            control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
+            self.trainer.stopped_by_signal = True
+            logger.warning(f"Told to stop (SIGTERM): saving after step {state.global_step}.")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop:  # saved already
+            control.should_save = control.should_evaluate = False

@@ -1,0 +1,127 @@
+"""What stops a run, noticed in time and said so that one can act: non-finite numbers, a signal, too little memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import PairBatch
+from .metrics import StepParts
+
+FIRST = 20  # ids that a message names
+
+
+class Verdict(NamedTuple):
+    """On an optimizer step, the same on all ranks."""
+
+    bad_pairs: int  # with a non-finite loss
+    bad_gradients: bool
+    stop_asked: bool  # on any rank
+    ids: list[int]  # of the bad pairs of this rank
+
+    @property
+    def finite(self) -> bool:
+        return not self.bad_pairs and not self.bad_gradients
+
+    def problem(self, step: int) -> str:
+        if not self.bad_pairs:
+            return f"The gradient of optimizer step {step} is not finite, though every loss is"
+        named = f"example_ids {self.ids[:FIRST]}" if self.ids else "on another rank"
+        return f"The loss of optimizer step {step} is not finite ({named})"
+
+
+class StepWatch:
+    """Everything that all ranks must agree on before an optimizer step, in one collective and one wait."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.gradient_norm: Tensor | float | None = None
+
+    def watch(self, parts: StepParts) -> None:
+        """Called for every micro-batch; launches nothing."""
+        self.seen.append((parts.batch.example_ids, parts.losses.detach()))
+
+    def verdict(self, gather: Callable[[Tensor], Tensor], *, stop_asked: bool) -> Verdict:
+        """`gather` sums over ranks. Every rank must call."""
+        seen, norm = self.seen, self.gradient_norm
+        self.clear()
+        if not seen:
+            return Verdict(0, False, stop_asked, [])
+        ids, losses = (torch.cat(column) for column in zip(*seen, strict=True))
+        bad = ~torch.isfinite(losses)
+        finite_norm = torch.isfinite(torch.as_tensor(0.0 if norm is None else norm, device=losses.device))
+        here = torch.stack([bad.sum(), ~finite_norm, torch.tensor(stop_asked, device=losses.device)])
+        pairs, gradients, stops = gather(here.float()).tolist()
+        own = list(dict.fromkeys(ids[bad].tolist())) if pairs else []  # pairs of one row have one id
+        return Verdict(int(pairs), gradients > 0, stops > 0, own)
+
+
+def non_finite_error(verdict: Verdict, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"{verdict.problem(step)}. The weights were not updated. Look at these rows, lower the learning rate, "
+        "train in float32 (--bf16 false), or leave such steps out with --nonfinite skip."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAdvice:
+    """What of a run decides its memory, as far as its options go."""
+
+    batch_size: int
+    checkpointing: bool
+    second_model: bool
+    adapter: bool
+    finds_batch_size: bool
+
+    def ways_out(self) -> list[str]:
+        ways = []
+        if self.batch_size > 1:
+            smaller = math.ceil(self.batch_size / 2)
+            ways.append(
+                f"--per_device_train_batch_size {smaller} (with more --gradient_accumulation_steps the numbers stay)"
+            )
+            if not self.finds_batch_size:
+                ways.append("--auto_find_batch_size true")
+        if not self.checkpointing:
+            ways.append("--gradient_checkpointing true")
+        if self.second_model:
+            ways.append("--precompute_ref_log_probs true (no second model while training)")
+        if not self.adapter:
+            ways.append("--use_peft true")
+        return [*ways, "a smaller --max_length"]
+
+
+def out_of_memory_message(batch: PairBatch, advice: MemoryAdvice, cause: str) -> str:
+    """The cause stays in it: whoever looks for a batch size that fits reads it there."""
+    tokens, example_id = largest_row(batch)
+    return (
+        f"{cause} The batch has {len(batch.chosen)} pairs and {batch.num_tokens:,} tokens; its largest row (example_id "
+        f"{example_id}) has {tokens:,}. What helps: {'; '.join(advice.ways_out())}."
+    )
+
+
+def largest_row(batch: PairBatch) -> tuple[int, int]:
+    """(tokens, example id) of the row that takes most of the batch; of padded rows, which stand alone, the longest."""
+    if batch.segments is None:
+        assert batch.attention_mask is not None
+        lengths = batch.attention_mask.sum(1)
+        completion = int(lengths.argmax())
+        mine = (batch.chosen == completion) | (batch.rejected == completion)
+        return int(lengths.max()), int(batch.example_ids[mine][0])
+    rows: list[list[int]] = []  # [tokens, completions before it]
+    for number, (length, prefix) in enumerate(zip(batch.segments.length, batch.segments.prefix_length, strict=True)):
+        if not prefix:
+            rows.append([0, number])
+        rows[-1][0] += length
+    real = [row for row in rows if row[1] < len(batch.lengths)]  # the padding at the end is no row
+    tokens, first = max(real)
+    mine = batch.chosen >= first
+    return tokens, int(batch.example_ids[mine][0])

@@ -1,0 +1,85 @@
+"""What a checkpoint holds besides model, optimizer and what transformers saves, and whose checkpoint it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "dpo_state.json"
+TENSORS_FILE = "dpo_state.safetensors"
+VERSION = 1
+
+WORDS = {
+    "model": "the model (class, names and shapes of its weights)",
+    "base": "the weights below the adapter",
+    "loss": "the loss",
+    "data": "the training data",
+    "reference": "the reference model",
+}
+"""What makes two runs the same, as a message names it."""
+
+NEVER = {"model"}
+"""Differences that --force_resume cannot bridge: the weights would not fit."""
+
+
+def write_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    content = {"version": VERSION, "run": identity, "state": state, "tensors": bool(tensors)}
+    (folder / STATE_FILE).write_text(json.dumps(content))
+    if tensors:
+        save_file(tensors, folder / TENSORS_FILE)
+
+
+def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    content = _read(folder)
+    return content["state"], load_file(folder / TENSORS_FILE) if content["tensors"] else {}
+
+
+def refuse_another_run(checkpoint: str, identity: dict[str, Any], *, force: bool) -> None:
+    """Raise ValueError if the checkpoint is not one of the run that `identity` describes."""
+    saved = _read(Path(checkpoint))["run"]
+    # What one of the two could not tell (the data of a stream) is not compared.
+    different = [
+        name for name in WORDS if None not in (saved.get(name), identity.get(name)) and saved[name] != identity[name]
+    ]
+    if not different:
+        return
+    said = "; ".join(f"{WORDS[name]}{_detail(saved[name], identity[name])}" for name in different)
+    if force and not NEVER & set(different):
+        logger.warning(f"{checkpoint} was written by another run, which differs in: {said}. --force_resume: going on.")
+        return
+    anyway = "" if NEVER & set(different) else ", or say --force_resume true to go on regardless"
+    raise ValueError(
+        f"The checkpoint {checkpoint!r} was written by another run, which differs in: {said}. Resume with what it was written "
+        f"with, start a new run from its model (--model_name_or_path {checkpoint}){anyway}."
+    )
+
+
+def _detail(there: Any, here: Any) -> str:
+    """Option by option, where it is known."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return ""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return " (" + ", ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names) + ")"
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{str(folder)!r} has no {STATE_FILE}: it was written with --save_only_model, or not by DPOTrainer. Such a "
+            f"checkpoint can be trained on (--model_name_or_path {folder}), but not resumed."
+        )
+    content = json.loads(path.read_text())
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {content.get('version')} of this state, and this dpo_trainer reads {VERSION}: resume with the "
+            f"release that wrote it, or start a new run from its model (--model_name_or_path {folder})."
+        )
+    return content

@@ -1,0 +1,335 @@
+"""A step with bad numbers is not made, on any rank; a batch that does not fit is described; a signal is heeded."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+
+from dpo_trainer import register_loss
+from dpo_trainer.batch import PairBatch, PairLogps
+from dpo_trainer.data.collate import flat_inputs, padded_inputs
+from dpo_trainer.durable import STOPPED_BY_SIGNAL
+from dpo_trainer.failures import MemoryAdvice, StepWatch, largest_row, non_finite_error, out_of_memory_message
+
+BAD = 9  # the row with a long chosen completion
+ROWS = tiny.rows(12)
+ROWS[BAD]["chosen"] = " " + "a" * 40
+
+
+@register_loss("nan_for_long_chosen", needs_reference=False)
+def nan_for_long_chosen(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+    """NaN for one pair alone: the one whose chosen completion has more than 30 tokens. All gradients are finite."""
+    return -beta * policy.margin() + torch.where(policy.chosen_lengths > 30, math.nan, 0.0)
+
+
+@register_loss("nan_gradient_for_long_chosen", needs_reference=False)
+def nan_gradient_for_long_chosen(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+    """Finite, and with the gradient 0 * infinity for that pair."""
+    margin = policy.margin()
+    bump = torch.where(policy.chosen_lengths > 30, margin - margin.detach(), 1.0).abs().sqrt()
+    return -beta * margin + 0 * bump
+
+
+class WeightsAfterEachStep(TrainerCallback):
+    def __init__(self):
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(tiny.weights(model))
+
+
+def sequential(folder: Any, **options: Any) -> Any:
+    """Batches of 2 rows in their order: the bad row is in the fifth."""
+    after = WeightsAfterEachStep()
+    defaults = {
+        "train": Dataset.from_list(ROWS),
+        "loss_type": "nan_for_long_chosen",
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 6,
+        "parts": {"callbacks": [after]},
+    }
+    return tiny.trainer(folder, **{**defaults, **options}), after
+
+
+def test_the_rows_are_what_the_tests_need():
+    assert all(len(row["chosen"]) < 28 for i, row in enumerate(ROWS) if i != BAD)
+
+
+# --- stop ---
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_nan_stops_the_run_before_the_weights_are_touched(accumulate, tmp_path):
+    trainer, after = sequential(tmp_path, gradient_accumulation_steps=accumulate)
+    step = 5 if accumulate == 1 else 3
+    with pytest.raises(FloatingPointError, match=rf"optimizer step {step} is not finite \(example_ids \[9\]\)"):
+        trainer.train()
+    assert len(after.seen) == step - 1
+    tiny.assert_same_weights(tiny.weights(trainer.model), after.seen[-1])
+    assert tiny.moved(tiny.weights(tiny.llama()), after.seen[-1]) > 0  # the steps before did train
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_too(max_grad_norm, tmp_path):
+    trainer, after = sequential(tmp_path, loss_type="nan_gradient_for_long_chosen", max_grad_norm=max_grad_norm)
+    with pytest.raises(FloatingPointError, match="gradient of optimizer step 5 is not finite, though every loss is"):
+        trainer.train()
+    tiny.assert_same_weights(tiny.weights(trainer.model), after.seen[3])
+    assert all(weight.isfinite().all() for weight in tiny.weights(trainer.model).values())
+
+
+def verdict(watch: StepWatch, gather: Any = lambda n: n, stop_asked: bool = False) -> Any:
+    return watch.verdict(gather, stop_asked=stop_asked)
+
+
+def watched(example_ids: list[int], losses: list[float]) -> Any:
+    """As much of a micro-batch as the watch looks at."""
+    from types import SimpleNamespace as Some
+
+    return Some(batch=Some(example_ids=torch.tensor(example_ids)), losses=torch.tensor(losses))
+
+
+def test_the_watch_is_silent_about_finite_numbers_and_forgets():
+    watch = StepWatch()
+    assert verdict(watch).finite  # nothing seen
+    watch.watch(watched([4], [1.0]))
+    assert verdict(watch).finite
+    watch.watch(watched([5, 6], [1.0, math.inf]))
+    found = verdict(watch)
+    assert not found.finite
+    assert found.ids == [6]
+    with pytest.raises(FloatingPointError, match=r"step 2 .*example_ids \[6\].*not updated.*learning rate.*skip"):
+        raise non_finite_error(found, 2)
+    watch.watch(watched([5], [1.0]))
+    assert verdict(watch).finite, "forgotten"
+
+
+def test_the_watch_names_a_row_of_several_pairs_once():
+    watch = StepWatch()
+    watch.watch(watched([7, 7, 7, 3], [math.nan, 1.0, math.nan, math.inf]))
+    assert verdict(watch).ids == [7, 3]
+
+
+@pytest.mark.parametrize("what", ["losses", "gradients", "signal"])
+def test_what_another_rank_met_stops_this_one(what):
+    """This rank is fine; the sums over ranks say that another is not."""
+    at = ["losses", "gradients", "signal"].index(what)
+    watch = StepWatch()
+    watch.watch(watched([4], [1.0]))
+    watch.gradient_norm = torch.tensor(1.0)
+    found = verdict(watch, lambda sums: sums + torch.eye(3)[at])
+    assert found.finite == (what == "signal")
+    assert found.stop_asked == (what == "signal")
+    if what == "losses":
+        assert "on another rank" in found.problem(1)
+
+
+# --- skip ---
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize("kind", ["nan_for_long_chosen", "nan_gradient_for_long_chosen"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skip_leaves_the_step_out_and_goes_on(accumulate, kind, optim, tmp_path, caplog):
+    """The weights are those of a run over the other rows alone: nothing of the step is left behind, in Adam's moments either."""
+    how = {
+        "loss_type": kind,
+        "gradient_accumulation_steps": accumulate,
+        "optim": optim,
+        "learning_rate": 0.1 if optim == "sgd" else 1e-3,
+    }
+    with caplog.at_level(logging.WARNING):
+        trainer, after = sequential(tmp_path, nonfinite="skip", max_steps=6 // accumulate, **how)
+        trainer.train()
+    steps, bad = 6 // accumulate, 5 if accumulate == 1 else 3
+    assert len(after.seen) == steps
+    tiny.assert_same_weights(after.seen[bad - 1], after.seen[bad - 2])
+    window = slice(2 * accumulate * (bad - 1), 2 * accumulate * bad)
+    others = [row for i, row in enumerate(ROWS) if i not in range(*window.indices(len(ROWS)))]
+    without, _ = sequential(tmp_path, train=Dataset.from_list(others), max_steps=steps - 1, **how)
+    without.train()
+    tiny.assert_same_weights(tiny.weights(trainer.model), tiny.weights(without.model))
+    said = [message for message in caplog.messages if "left out" in message]
+    assert len(said) == 1
+    assert f"optimizer step {bad} is not finite" in said[0]
+    assert ("example_ids [9]" in said[0]) == (kind == "nan_for_long_chosen")
+
+
+def test_skip_keeps_what_is_logged_free_of_the_step(tmp_path):
+    trainer, _ = sequential(tmp_path, nonfinite="skip", logging_steps=1)
+    output = trainer.train()
+    lines = [line for line in trainer.state.log_history if "learning_rate" in line]
+    assert [line.get("skipped_steps") for line in lines] == [None] * 4 + [1, 1]
+    assert ["loss" in line for line in lines] == [True] * 4 + [
+        False,
+        True,
+    ]  # no pair was trained on, so there is no mean
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    mean = sum(line["loss"] for line in lines if "loss" in line) / 5
+    assert output.training_loss == pytest.approx(mean, rel=1e-5)  # float32 sums of five steps
+
+
+def test_skip_leaves_the_running_shift_of_bco_alone(tmp_path):
+    trainer, _ = sequential(
+        tmp_path, nonfinite="skip", loss_type=["bco_pair", "nan_for_long_chosen"], logging_steps=100
+    )
+    trainer.train()
+    assert trainer.objective.shift.count.item() == 10  # of 12 pairs
+    assert trainer.objective.shift.mean.isfinite()
+
+
+def test_skip_with_deepspeed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--nonfinite skip cannot keep DeepSpeed from its optimizer step"):
+        tiny.config(tmp_path, nonfinite="skip", deepspeed={"zero_optimization": {"stage": 1}})
+
+
+# --- too little memory ---
+
+ROOM = MemoryAdvice(batch_size=8, checkpointing=False, second_model=True, adapter=False, finds_batch_size=False)
+
+
+def out_of_memory_above(rows: int, trainer: Any) -> list[int]:
+    """Make the trainer's forward run out of memory for batches of more rows than that; the sizes that were tried."""
+    tried: list[int] = []
+    score = trainer.scorer.__call__
+
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(score.__self__, name)
+
+        def __call__(self, model: Any, batch: PairBatch, **how: Any) -> PairLogps:
+            tried.append(len(batch.chosen))
+            if len(batch.chosen) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            return score(model, batch, **how)
+
+    trainer.scorer = Full()
+    return tried
+
+
+def test_out_of_memory_says_what_was_in_the_batch_and_what_helps(tmp_path):
+    trainer, _ = sequential(tmp_path, loss_type="sigmoid", per_device_train_batch_size=4, gradient_checkpointing=False)
+    out_of_memory_above(3, trainer)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    said = str(caught.value)
+    tokens = sum(trainer.train_dataset[i]["length"] for i in range(4))
+    largest = max(range(4), key=lambda i: trainer.train_dataset[i]["length"])
+    assert said.startswith("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    assert f"4 pairs and {tokens} tokens" in said
+    assert f"largest row (example_id {largest}) has {trainer.train_dataset[largest]['length']}" in said
+    for flag in (
+        "--per_device_train_batch_size 2",
+        "--auto_find_batch_size",
+        "--gradient_checkpointing",
+        "--precompute_ref_log_probs",
+        "--use_peft",
+        "--max_length",
+    ):
+        assert flag in said
+
+
+def test_advice_names_only_what_is_not_on_already():
+    least = MemoryAdvice(batch_size=1, checkpointing=True, second_model=False, adapter=True, finds_batch_size=True)
+    assert least.ways_out() == ["a smaller --max_length"]
+    assert len(ROOM.ways_out()) == 6
+
+
+@pytest.mark.parametrize("collate", [flat_inputs, padded_inputs])
+def test_largest_row(collate):
+    import oracles
+
+    rows = oracles.random_pairs([(3, 2, 4), (2, 4, 3, 9), (6, 1, 1)])
+    batch = PairBatch.from_inputs(collate(rows, 0))
+    sizes = [len(r.prompt_ids) + sum(map(len, r.completions)) for r in rows]
+    longest = [len(r.prompt_ids) + max(map(len, r.completions)) for r in rows]
+    want = max(sizes) if collate is flat_inputs else max(longest)
+    assert largest_row(batch) == (want, rows[1].example_id)
+    assert str(want) in out_of_memory_message(batch, ROOM, "Full.")
+
+
+def test_auto_find_batch_size_trains_with_what_fits(tmp_path):
+    """From 6 down (accelerate takes a tenth off each time) to 3, as if it had been asked for 3 at once."""
+    how = {"loss_type": "bco_pair", "max_steps": 3, "logging_steps": 3}
+    trainer, _ = sequential(tmp_path, per_device_train_batch_size=6, auto_find_batch_size=True, **how)
+    tried = out_of_memory_above(3, trainer)
+    trainer.train()
+    assert tried == [6, 5, 4, 3, 3, 3]
+    want, _ = sequential(tmp_path, per_device_train_batch_size=3, **how)
+    want.train()
+    tiny.assert_same_weights(tiny.weights(trainer.model), tiny.weights(want.model))
+    got, line = tiny.log_lines(trainer)[-1], tiny.log_lines(want)[-1]
+    assert {**got, "tokens_per_second": 0} == {**line, "tokens_per_second": 0}
+
+
+def test_auto_find_batch_size_does_not_start_again_with_weights_that_moved(tmp_path):
+    trainer, after = sequential(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True, max_steps=3)
+    score, calls = trainer.compute_loss, []
+
+    def full_at_the_second(*args: Any, **how: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return score(*args, **how)
+
+    trainer.compute_loss = full_at_the_second
+    with pytest.raises(ValueError, match=r"memory ran out at step 2, .*--per_device_train_batch_size 3"):
+        trainer.train()
+
+
+# --- a signal ---
+
+
+class Terminate(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_sigterm_finishes_the_step_saves_and_stops(strategy, tmp_path):
+    whole = tiny.trained(tmp_path / "whole", max_steps=5)
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped = tiny.trainer(
+        tmp_path / "run", max_steps=5, save_strategy=strategy, save_steps=4, parts={"callbacks": [Terminate(2)]}
+    )
+    stopped.train()
+    assert stopped.stopped_by_signal
+    assert stopped.state.global_step == 3
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert signal.getsignal(signal.SIGTERM) is handler, "put back"
+    resumed = tiny.trainer(tmp_path / "run", max_steps=5, save_strategy=strategy, save_steps=4)
+    resumed.train(resume_from_checkpoint="auto")
+    assert not resumed.stopped_by_signal
+    assert tiny.losses(resumed) == tiny.losses(whole)
+    tiny.assert_same_weights(tiny.weights(resumed.model), tiny.weights(whole.model))
+
+
+def test_sigterm_does_not_wait_for_an_evaluation(tmp_path):
+    stopped = tiny.trainer(
+        tmp_path,
+        max_steps=5,
+        eval_strategy="steps",
+        eval_steps=1,
+        parts={"callbacks": [Terminate(1)], "eval_dataset": tiny.dataset(4, seed=5)},
+    )
+    stopped.train()
+    assert [line["step"] for line in stopped.state.log_history if "eval_loss" in line] == [1]
+
+
+def test_the_exit_code_is_the_documented_one():
+    assert STOPPED_BY_SIGNAL == os.EX_TEMPFAIL
