@@ -1,6 +1,7 @@
 """What exists before the trainer does: model, tokenizer, adapters, quantisation, datasets; and dropout switched off."""
 
 from .adapters import apply_peft, let_gradients_through, make_quantization_config
+from .continued_adapter import continue_adapter
 from .datasets import load_dataset_splits
 from .dropout import disable_dropout
 from .mixture import load_mixture
@@ -8,6 +9,7 @@ from .models import load_model, load_tokenizer
 
 __all__ = [
     "apply_peft",
+    "continue_adapter",
     "disable_dropout",
     "let_gradients_through",
     "load_dataset_splits",
