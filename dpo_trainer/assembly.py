@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,10 @@ from transformers.utils import logging
 
 from .config import DPOConfig
 from .layout import Layout
-from .loading import apply_peft, disable_dropout, let_gradients_through, load_model
+from .loading import apply_peft, continue_adapter, disable_dropout, let_gradients_through, load_model
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
-from .reference import Reference, choose_reference
+from .reference import CachedReference, FrozenModel, Reference, cached, choose_reference, identify
 
 logger = logging.get_logger(__name__)
 
@@ -25,6 +27,7 @@ class Given:
     """What the user handed over that concerns models; hyperparameter search assembles a new model from it for each trial."""
 
     args: DPOConfig
+    model: str | None = None  # where the policy is loaded from
     ref_model: str | nn.Module | None = None
     peft_config: PeftConfig | None = None
     quantization_config: Any = None
@@ -51,6 +54,23 @@ class Given:
     def reference(self) -> nn.Module | None:
         return self.load(self.ref_model) if isinstance(self.ref_model, str) else self.ref_model
 
+    @property
+    def precision(self) -> str:
+        """What a forward computes in, where that is less than the weights are held in."""
+        return "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+
+    def remake_reference(self) -> Callable[[], FrozenModel] | None:
+        """How to get the reference once more after it was let go: None if nobody knows where it came from."""
+        source = self.ref_model if self.ref_model is not None else self.model
+        if source is None:
+            return None
+
+        def remake() -> FrozenModel:
+            model = self.load(source) if isinstance(source, str) else source
+            return FrozenModel(model, Scorer(model), "the reference, made again")
+
+        return remake
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
@@ -70,7 +90,13 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
     args, ref_model = given.args, given.reference()
     if isinstance(model, PeftModel):
         let_gradients_through(base_model(model), gradient_checkpointing=bool(args.gradient_checkpointing))
-    if given.peft_config is not None:
+    fresh_adapter = given.peft_config is not None and not isinstance(model, PeftModel)
+    if args.merge_lora_configs and (given.peft_config is None or fresh_adapter):
+        raise ValueError(
+            "--merge_lora_configs is about two sets of LoRA settings, those of a model that is an adapter already and those of "
+            "--use_peft (peft_config): here is at most one. Leave it out."
+        )
+    if fresh_adapter:
         model = apply_peft(
             model,
             given.peft_config,
@@ -79,6 +105,8 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
         )
     if args.model_adapter_name is not None:
         _activate_adapter(model, args.model_adapter_name)
+    if given.peft_config is not None and not fresh_adapter:
+        model = continue_adapter(model, given.peft_config, merge_lora_configs=args.merge_lora_configs)
     if args.disable_dropout:
         disable_dropout(model, lora=args.disable_lora_dropout)
         if ref_model is not None:
@@ -91,21 +119,37 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
             "use_reentrant out of --gradient_checkpointing_kwargs, or switch the loss off with --router_aux_loss_coef 0."
         )
     scorer = Scorer(model, stats=METRIC_STATS | objective.token_stats, router_loss=objective.router_weight > 0)
+    if args.precompute_ref_log_probs and not objective.needs_reference:
+        why = "--reference_free asks for none" if args.reference_free else "none of the losses in --loss_type has one"
+        raise ValueError(f"--precompute_ref_log_probs is about a reference, but {why}: leave it off.")
     reference = choose_reference(
         model,
         ref_model,
         scorer,
         needed=objective.needs_reference,
         reference_free=args.reference_free,
-        fresh_adapter=given.peft_config is not None,
+        fresh_adapter=fresh_adapter,
         ref_adapter_name=args.ref_adapter_name,
+        separate_adapter=args.use_separate_reference_adapter,
+        moving=args.sync_ref_model,
+        copy_policy=not args.precompute_ref_log_probs,
     )
+    if args.precompute_ref_log_probs:
+        reference = cached(
+            reference,
+            model,
+            folder=args.ref_cache_dir,
+            quota_gb=args.ref_cache_quota,
+            precision=given.precision,
+            tokens=objective.needs_reference_tokens,
+            remake=given.remake_reference(),
+        )
     logger.warning(f"Reference: {reference.description}.")
     layout = Layout(
         args.layout,
         [(scorer, model), *reference.own],
         pad_token_id,
-        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        autocast=getattr(torch, given.precision) if given.precision != "float32" else None,
         reason="the noise of --neftune_noise_alpha depends on the length of a row"
         if args.neftune_noise_alpha
         else None,
@@ -121,6 +165,25 @@ def _activate_adapter(model: Any, name: str) -> None:
     model.set_adapter(name)
 
 
+def model_identity(model: nn.Module, reference: Reference, precision: str) -> dict[str, Any]:
+    """What of a run's identity its models decide, as JSON: asked before anything trains.
+
+    Reads every weight once that training does not change. None where there is nothing to know.
+    """
+    trained = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    of_reference = reference.identity(model, precision)
+    # The reference of an adapter has the base in it, unless it is another model or none.
+    below = None if reference.lasting or not isinstance(model, PeftModel) else identify(model, precision=precision)
+    return {
+        "model": [
+            type(base_model(model)).__name__,
+            hashlib.blake2b(repr(trained).encode(), digest_size=16).hexdigest(),
+        ],
+        "base": None if below is None else below.digest,
+        "reference": None if of_reference is None else of_reference.digest,
+    }
+
+
 def place_reference(reference: Reference, accelerator: Any) -> None:
     """A reference model of its own goes where the policy is, under the same mixed precision, never wrapped for training.
 
@@ -129,6 +192,11 @@ def place_reference(reference: Reference, accelerator: Any) -> None:
     """
     zero = accelerator.state.deepspeed_plugin
     sharded = accelerator.distributed_type == "FSDP" or (zero is not None and zero.zero_stage == 3)
+    if sharded and isinstance(reference, CachedReference):
+        raise ValueError(
+            "--precompute_ref_log_probs needs the whole model in each process before training, and FSDP and ZeRO-3 shard it: "
+            "use DDP, ZeRO-1 or ZeRO-2, or leave it off."
+        )
     for _, model in reference.own:
         if sharded:
             raise ValueError(

@@ -139,9 +139,54 @@ class DPOConfig(TrainingArguments):
         default=None, metadata={"help": "The adapter that is the reference, when the model carries it."}
     )
     precompute_ref_log_probs: bool = field(
-        default=False, metadata={"help": "Not available in this version: refused when set."}
+        default=False,
+        metadata={
+            "help": "Compute the log-probs of the reference before training, and keep them on disk: no second model in memory "
+            "while training, and no reference forward in later epochs and runs."
+        },
     )
-    sync_ref_model: bool = field(default=False, metadata={"help": "Not available in this version: refused when set."})
+    precompute_ref_max_tokens: int = field(
+        default=8192, metadata={"help": "Most tokens of one forward pass of --precompute_ref_log_probs."}
+    )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where --precompute_ref_log_probs keeps log-probs. Default: $DPO_TRAINER_CACHE/reference, else "
+            "$HF_HOME/dpo_trainer/reference."
+        },
+    )
+    ref_cache_quota: float = field(
+        default=50.0,
+        metadata={
+            "help": "Most gigabytes of --ref_cache_dir, > 0. Beyond it, references that were not used for longest are deleted."
+        },
+    )
+    use_separate_reference_adapter: bool | None = field(
+        default=None,
+        metadata={
+            "help": "What is the reference of an adapter: a frozen copy of it (true), or the model below it (false). "
+            "Default: the copy for an adapter that was trained before, the model below for a new one.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={"help": "Let the reference follow the policy (TR-DPO): mix the policy into it now and then."},
+    )
+    ref_model_mixup_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the policy in each mix of --sync_ref_model, in (0, 1]; 1 replaces the reference. Default: 0.6."
+        },
+    )
+    ref_model_sync_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between two mixes of --sync_ref_model. Default: 512, unless by epochs."},
+    )
+    ref_model_sync_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs between two mixes of --sync_ref_model, instead of steps."}
+    )
 
     # --- the data ---
     max_length: int | None = field(
@@ -228,6 +273,13 @@ class DPOConfig(TrainingArguments):
     disable_lora_dropout: bool = field(
         default=False, metadata={"help": "Switch off the dropout of LoRA layers as well."}
     )
+    merge_lora_configs: bool = field(
+        default=False,
+        metadata={
+            "help": "Where a new LoRA adapter (--use_peft) is asked for on a model that has one with other settings: go on with "
+            "that one at the larger rank and on the modules of both, computing the same as before."
+        },
+    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
@@ -243,6 +295,24 @@ class DPOConfig(TrainingArguments):
     )
     activation_offloading: bool = field(
         default=False, metadata={"help": "Keep the activations that backward needs in host memory (GPU only)."}
+    )
+
+    # --- faults ---
+    nonfinite: str = field(
+        default="stop",
+        metadata=choices(
+            "stop",
+            "skip",
+            help="What to do at a non-finite loss or gradient: stop before the weights are touched, or leave that optimizer step "
+            "out, with a count and the ids of the pairs.",
+        ),
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the checkpoint was written with another loss, other data or another reference, or cannot "
+            "be verified."
+        },
     )
 
     # --- defaults that differ from transformers ---
@@ -308,6 +378,8 @@ class DPOConfig(TrainingArguments):
             "max_pairs_per_prompt": 1,
             "dataset_num_proc": 1,
             "pad_to_multiple_of": 1,
+            "ref_model_sync_steps": 1,
+            "ref_model_sync_epochs": 1,
         }.items():
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
@@ -320,12 +392,58 @@ class DPOConfig(TrainingArguments):
                 f"--max_prompt_length {self.max_prompt_length} leaves no room for a completion in --max_length "
                 f"{self.max_length}: raise --max_length or lower --max_prompt_length."
             )
-        for name, instead in {
-            "precompute_ref_log_probs": "leave it off; the reference is then computed along the way",
-            "sync_ref_model": "leave it off; the reference then stays the model that training started from",
+        self._check_moving_reference()
+        if self.nonfinite == "skip" and self.deepspeed:
+            raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
+        quota = self.ref_cache_quota
+        if not (isinstance(quota, int | float) and 0 < quota < math.inf):
+            raise ValueError(f"--ref_cache_quota must be a number of gigabytes above 0, got {quota!r}.")
+        for option in fields(self):
+            name = option.name
+            of_cache = name.startswith("ref_cache_") or name == "precompute_ref_max_tokens"
+            if of_cache and not self.precompute_ref_log_probs and getattr(self, name) != option.default:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} would be ignored: there is a cache with --precompute_ref_log_probs alone. "
+                    "Add it, or leave this out."
+                )
+
+    def _check_moving_reference(self) -> None:
+        """Refuse what contradicts a moving reference, and fill in what was left open. The model has a say in `reference/`."""
+        how = ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_sync_epochs")
+        given = [name for name in how if getattr(self, name) is not None]
+        if not self.sync_ref_model:
+            if given:
+                raise ValueError(
+                    f"--{given[0]} {getattr(self, given[0])} would be ignored: the reference moves with --sync_ref_model "
+                    "alone. Add it, or leave this out."
+                )
+            return
+        if self.ref_model_sync_steps is not None and self.ref_model_sync_epochs is not None:
+            raise ValueError(
+                f"--ref_model_sync_steps {self.ref_model_sync_steps} and --ref_model_sync_epochs "
+                f"{self.ref_model_sync_epochs} both say when the reference moves: give one of them."
+            )
+        alpha = self.ref_model_mixup_alpha
+        if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha <= 1):
+            raise ValueError(
+                f"--ref_model_mixup_alpha must be a number above 0 and at most 1, got {alpha!r}: the share of the policy, "
+                "0.6 where nothing is said; 1 replaces the reference. For one that stays, leave --sync_ref_model off."
+            )
+        for name, why in {
+            "precompute_ref_log_probs": "its cache holds the numbers of a reference that stays",
+            "ref_adapter_name": "mixing would overwrite that adapter. Without it a copy of the trained adapter moves",
         }.items():
             if getattr(self, name):
-                raise ValueError(f"--{name} is not available in this version: {instead}.")
+                raise ValueError(f"--sync_ref_model excludes --{name}: {why}. Leave one of the two out.")
+        if self.use_separate_reference_adapter is False:
+            raise ValueError(
+                "--sync_ref_model excludes --use_separate_reference_adapter false: the model below the adapter is the "
+                "policy's as well, and cannot move. Leave one of the two out."
+            )
+        if alpha is None:
+            self.ref_model_mixup_alpha = 0.6  # as in the paper's best runs, and in TRL
+        if self.ref_model_sync_steps is None and self.ref_model_sync_epochs is None:
+            self.ref_model_sync_steps = 512
 
     def _resolve_checkpointing(self) -> None:
         """`gradient_checkpointing`, the name that users know, steers whatever name this transformers has for it."""
@@ -367,6 +485,10 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 "--torch_compile is not available in this version: every batch has its own segments, and would be compiled "
                 "anew. Leave it off."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "--enable_jit_checkpoint is not needed: at SIGTERM every run finishes its step, saves and stops. Leave it off."
             )
         if self.eval_use_gather_object:
             raise ValueError(

@@ -5,7 +5,6 @@ rows -> data/ -> PairBatch -> layout.py -> logprobs.py (policy), reference/ -> l
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,12 +18,13 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .assembly import Given, assemble, place_reference
+from .assembly import Given, assemble, model_identity, place_reference
 from .batch import PairBatch, pair_weight
+from .callbacks import MoveReference
 from .config import DPOConfig
 from .data import (
     FEATURES,
@@ -38,19 +38,23 @@ from .data import (
     report_table,
     write_reports,
 )
+from .data.content import dataset_digest
+from .durable import DurableTrainer
+from .failures import MemoryAdvice, out_of_memory_message
 from .loading import load_tokenizer
 from .logprobs import base_model
 from .losses import Objective
-from .metrics import FallingChosenWarning, FiniteCheck, MetricSums, StepParts, per_pair, step_loss
+from .metrics import FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
 from .model_card import write_model_card
+from .precompute import Filled, Precompute
+from .reference import CachedReference
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "dpo_state.json"
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-class DPOTrainer(Trainer):
+class DPOTrainer(DurableTrainer):
     """Trains a causal language model on preference pairs with DPO or a loss of its family.
 
     Args:
@@ -99,7 +103,11 @@ class DPOTrainer(Trainer):
             logging.get_logger(__package__).setLevel(logging.ERROR)
         set_seed(args.seed)  # before an adapter is initialised
         self.given = Given(
-            args=args, ref_model=ref_model, peft_config=peft_config, quantization_config=quantization_config
+            args=args,
+            model=model if isinstance(model, str) else None,
+            ref_model=ref_model,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
         )
         self.model_init = model_init
         start = self.given.policy(model if model is not None else super().call_model_init())
@@ -117,8 +125,7 @@ class DPOTrainer(Trainer):
         if eval_dataset is not None:
             eval_dataset = self._prepared_evaluation(eval_dataset)
         self._report_data()
-        if data_collator is None:
-            data_collator = DataCollatorForPreference(self.pad_token_id, self.layout.name, args.pad_to_multiple_of)
+        data_collator = self._collator(data_collator)
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
             # As transformers does for models that are its own: DDP's search and reentrant checkpointing exclude each other.
@@ -132,7 +139,7 @@ class DPOTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[_StopOnNonFinite(self), *(callbacks or [])],
+            callbacks=[*([MoveReference(self)] if args.sync_ref_model else []), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.model_init = model_init
@@ -154,9 +161,8 @@ class DPOTrainer(Trainer):
 
     def _start_counting(self) -> None:
         has_router = self.objective.router_weight > 0
-        self.finite = FiniteCheck()
         self.metrics = {
-            "train": MetricSums(aux_loss=has_router, also=self.finite.watch),
+            "train": MetricSums(aux_loss=has_router, also=self.watch.watch),
             "eval": MetricSums(aux_loss=has_router),
         }
         self.falling_chosen = FallingChosenWarning(self.args.beta, has_reference=self.objective.needs_reference)
@@ -168,7 +174,20 @@ class DPOTrainer(Trainer):
         model = self._assemble(super().call_model_init(trial))
         place_reference(self.reference, self.accelerator)
         self._start_counting()
+        self.know_run()
         return model
+
+    def _collator(self, given: Callable | None) -> Callable:
+        keyed = self.reference.keyed
+        if given is None:
+            multiple = self.args.pad_to_multiple_of
+            return DataCollatorForPreference(self.pad_token_id, self.layout.name, multiple, keyed=keyed)
+        if keyed and not getattr(given, "keyed", False):
+            raise ValueError(
+                "--precompute_ref_log_probs looks log-probs up by the content of completions, which the data_collator does not "
+                "tell: use DataCollatorForPreference(..., keyed=True) or a subclass of it, or leave the option off."
+            )
+        return given
 
     def _prepared_evaluation(self, datasets: Rows | Sequence[Rows] | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
         if isinstance(datasets, Mapping):
@@ -207,13 +226,22 @@ class DPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
         raw = isinstance(eval_dataset, Dataset | IterableDataset | list | tuple)
-        if raw and eval_dataset is not self.eval_dataset:
+        new = raw and eval_dataset is not self.eval_dataset
+        if new:
             eval_dataset = self._prepared(eval_dataset, "eval")
             self._report_data()
+        if new or not self.is_in_train:  # while it trains, what it began with is there
+            self._fill_cache({"eval": self._named_evaluation(eval_dataset)})
         return super().get_eval_dataloader(eval_dataset)
 
+    def _named_evaluation(self, dataset: Any) -> Rows:
+        dataset = self.eval_dataset if dataset is None else dataset
+        return self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+
     def get_test_dataloader(self, test_dataset: Any):
-        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+        prepared = self._prepared(test_dataset, "test")
+        self._fill_cache({"test": prepared})
+        return super().get_test_dataloader(prepared)
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args, **kwargs):
         if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
@@ -224,7 +252,7 @@ class DPOTrainer(Trainer):
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
         if batch_samples:
             self._unweigh_fillers(batch_samples[-1])
-        return self._sum_over_ranks(
+        return self.sum_over_ranks(
             sum((pair_weight(batch).sum() for batch in batch_samples), torch.zeros((), device=device))
         )
 
@@ -232,8 +260,21 @@ class DPOTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
-        with self.scorer.step(), self.activations():
-            return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            with self.scorer.step(), self.activations():
+                return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            batch = PairBatch.from_inputs(inputs)
+            raise torch.OutOfMemoryError(out_of_memory_message(batch, self._memory_advice(), str(error))) from error
+
+    def _memory_advice(self) -> MemoryAdvice:
+        return MemoryAdvice(
+            batch_size=self.args.per_device_train_batch_size,
+            checkpointing=bool(self.args.gradient_checkpointing),
+            second_model=bool(self.reference.own) and not self.reference.moving,
+            adapter=isinstance(self.model, PeftModel),
+            finds_batch_size=self.args.auto_find_batch_size,
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -270,28 +311,22 @@ class DPOTrainer(Trainer):
         self.metrics["eval"].clear()
         self.gather_function = self._gather_pairs  # Trainer puts its own back after each loop
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means, _ = self.metrics["eval"].reduce(self._sum_over_ranks, self.args.device)
+        means, _ = self.metrics["eval"].reduce(self.sum_over_ranks, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._logged_at += time.perf_counter() - began  # tokens_per_second is about training
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a line of training; evaluation brings its own means
-            means, tokens = self.metrics["train"].reduce(self._sum_over_ranks, self.args.device)
+            means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
             now = time.perf_counter()
             self.num_tokens += tokens
-            logs = {
-                **logs,
-                **means,
-                "num_tokens": self.num_tokens,
-                "tokens_per_second": tokens / (now - self._logged_at),
-            }
+            logs = {name: value for name, value in logs.items() if name != "loss"}  # ours is over pairs
+            logs |= {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
+            logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
             self._logged_at = now
             self.falling_chosen.look(means, self.state.global_step)
         super().log(logs, start_time)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, reduction="sum")
 
     def _gather_pairs(self, values: Any) -> Any:
         """Tensors [pairs, ...] of all ranks. Rows may have several pairs, so that ranks differ in how many they hold, and
@@ -315,41 +350,88 @@ class DPOTrainer(Trainer):
         inputs["weight"] = weight * real
         return real
 
+    # --- the reference, ahead of training ---
+
+    def precompute_reference(self) -> list[Filled]:
+        """Fill the cache of `--precompute_ref_log_probs` for the data of this run; `train` does the same first."""
+        if not isinstance(self.reference, CachedReference):
+            raise ValueError("There is no cache to fill: set --precompute_ref_log_probs true.")
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        given = {"train": self.train_dataset, **named}
+        return self._fill_cache({name: rows for name, rows in given.items() if rows is not None})
+
+    def _fill_cache(self, datasets: dict[str, Rows]) -> list[Filled]:
+        """Look every completion up, and compute what is missing, where there is a cache."""
+        if not isinstance(self.reference, CachedReference):
+            return []
+        precompute = Precompute(
+            reference=self.reference,
+            layout=self.layout,
+            pad_token_id=self.pad_token_id,
+            accelerator=self.accelerator,
+            max_tokens=self.args.precompute_ref_max_tokens,
+            disable_tqdm=self.args.disable_tqdm,
+        )
+        filled = [precompute(self.model, rows, name, self._rows_read(rows, name)) for name, rows in datasets.items()]
+        for report in self.data_reports.values():
+            if report.streaming:  # it will be read again
+                report.clear()
+        for each in filled:
+            logger.warning(str(each))
+        return filled
+
+    def _rows_read(self, dataset: Rows, name: str) -> int | None:
+        """How many rows of a training stream the run reads; of anything else all."""
+        if name != "train" or isinstance(dataset, Dataset):
+            return None
+        args = self.args
+        return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
+
     # --- checkpoints and cards ---
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `Trainer.train`; "true", which is how a flag says it, takes the last checkpoint in `output_dir` as well."""
+    def train(self, *args, **kwargs):
+        """See `DurableTrainer.train`."""
         self._logged_at = time.perf_counter()
-        last = str(resume_from_checkpoint).lower() == "true"
-        output = super().train(True if last else resume_from_checkpoint, *args, **kwargs)
+        output = super().train(*args, **kwargs)
         if any(report.streaming for report in self.data_reports.values()):
             self._report_data()  # what was read
         return output
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def know_run(self) -> None:
+        super().know_run()
+        if self.reference.keyed:
+            self.precompute_reference()
+            self.reference.release()
+
+    def run_identity(self) -> dict[str, Any]:
+        return {
+            **model_identity(self.model, self.reference, self.given.precision),
+            "loss": self.objective.description(),
+            "data": None if self.train_dataset is None else dataset_digest(self.train_dataset),
+        }
+
+    def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = {
             "num_tokens": self.num_tokens,
-            "since_last_log": self.metrics["train"].state_dict(self._sum_over_ranks, self.args.device),
+            "since_last_log": self.metrics["train"].state_dict(self.sum_over_ranks, self.args.device),
             "objective": self.objective.state_dict(),
         }
-        if self.args.should_save:
-            Path(output_dir, STATE_FILE).write_text(json.dumps(state))
+        return state, self.reference.state()
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint, STATE_FILE)
-        if not path.exists():
-            raise ValueError(
-                f"{checkpoint} has no {STATE_FILE}: it was not written by DPOTrainer, or with save_only_model."
-            )
-        state = json.loads(path.read_text())
+    def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.num_tokens = state["num_tokens"]
         if self.is_world_process_zero():
             self.metrics["train"].load_state_dict(state["since_last_log"], self.args.device)
         self.objective.load_state_dict(state["objective"])
+        self.reference.load_state(tensors)
+
+    def mark_step(self) -> Any:
+        return self.metrics["train"].mark(), self.objective.shift.mark()
+
+    def undo_step(self, mark: Any) -> None:
+        table, shift = mark
+        self.metrics["train"].back_to(table)
+        self.objective.shift.back_to(shift)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -360,13 +442,3 @@ class DPOTrainer(Trainer):
         """Called by `push_to_hub` with what the user says there: our card, with the loss, the data and the metrics."""
         if self.is_world_process_zero():
             write_model_card(self, Path(self.args.output_dir), **fields)
-
-
-class _StopOnNonFinite(TrainerCallback):
-    """Looks before the weights are touched."""
-
-    def __init__(self, trainer: DPOTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer.finite.check(self.trainer._sum_over_ranks, state.global_step + 1)

@@ -10,6 +10,9 @@ reference are still the same model. (--logging_steps 1 shows the first step alon
 on, or the two see different tokens. Later lines show the loss falling and rewards/accuracies rising above 0.5; a warning
 appears if that is bought with falling log-probs of the chosen answers. The model is then in --output_dir, with
 train_results.json and eval_results.json beside it. `--help` lists every option.
+
+At SIGTERM (a machine that is taken away) the run finishes its step, saves and exits with code 75; with
+--resume_from_checkpoint auto the same command begins, or goes on from its newest whole checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from dpo_trainer.cli import ModelArguments, ScriptArguments, make_peft_config, merged_init_kwargs, parse_args
+from dpo_trainer.cli import parse_args
 
 if TYPE_CHECKING:
     from dpo_trainer import DPOConfig, DPOTrainer
@@ -38,44 +41,18 @@ def main(argv: list[str] | None = None) -> None:
         return
     if "output_dir" not in given and config.process_index == 0:
         print(f"No --output_dir was given: writing to {config.output_dir}.")
-    run(build(script, model, config), config)
+    from dpo_trainer.cli.build import build_trainer  # slow to import, and --help does without
 
-
-def build(script: ScriptArguments, model: ModelArguments, config: DPOConfig) -> DPOTrainer:
-    """The trainer of this run, with its data, tokenizer and adapter."""
-    import torch
-
-    from dpo_trainer import DPOTrainer
-    from dpo_trainer.cli.data import load_data
-    from dpo_trainer.loading import load_tokenizer, make_quantization_config
-
-    assert model.model_name_or_path is not None
-    with config.main_process_first(desc="loading the data"):
-        train, evaluation = load_data(script, config.seed)
-    config.model_init_kwargs = merged_init_kwargs(model, config)
-    return DPOTrainer(
-        model=model.model_name_or_path,
-        ref_model=model.ref_model_name_or_path,
-        args=config,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=load_tokenizer(
-            model.model_name_or_path, trust_remote_code=config.trust_remote_code, revision=model.model_revision
-        ),
-        quantization_config=make_quantization_config(
-            load_in_4bit=model.load_in_4bit,
-            load_in_8bit=model.load_in_8bit,
-            bnb_4bit_quant_type=model.bnb_4bit_quant_type,
-            use_bnb_nested_quant=model.use_bnb_nested_quant,
-            compute_dtype=torch.bfloat16 if config.bf16 else torch.float32,
-        ),
-        peft_config=make_peft_config(model),
-    )
+    run(build_trainer(script, model, config), config)
 
 
 def run(trainer: DPOTrainer, config: DPOConfig) -> None:
     """Train, evaluate where there is something to evaluate on, save."""
+    from dpo_trainer.durable import STOPPED_BY_SIGNAL
+
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if trainer.stopped_by_signal:
+        raise SystemExit(STOPPED_BY_SIGNAL)
     report(trainer, "train", result.metrics)
     trainer.save_state()
     if trainer.eval_dataset is not None:

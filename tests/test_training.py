@@ -96,10 +96,38 @@ def test_options_for_loading_need_a_name(options, tmp_path):
         tiny.trainer(tmp_path, parts=parts, **options)
 
 
-def test_peft_config_on_a_peft_model_is_refused(tmp_path):
-    model = get_peft_model(tiny.llama(), tiny.lora())
-    with pytest.raises(ValueError, match=r"already carries an adapter.*merge_and_unload"):
-        tiny.trainer(tmp_path, model=model, parts={"peft_config": tiny.lora()})
+def test_peft_config_on_a_peft_model_goes_on_with_its_adapter(tmp_path):
+    """With the same settings; others are merged on request (test_continued_adapter.py), and refused otherwise."""
+    model = get_peft_model(tiny.llama(), tiny.lora(), adapter_name="style")
+    tiny.fill_adapters(model)
+    before = tiny.weights(model)
+    trainer = tiny.trainer(tmp_path, model=model, parts={"peft_config": tiny.lora()})
+    assert trainer.model is model
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {n for n in before if "style" in n}
+    trainer.train()
+    assert tiny.losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)  # the reference is the adapter as it came
+    other = get_peft_model(tiny.llama(), tiny.lora())
+    with pytest.raises(ValueError, match=r"(?s)different LoRA settings.*lora_alpha.*--merge_lora_configs"):
+        tiny.trainer(tmp_path, model=other, parts={"peft_config": tiny.lora(lora_alpha=16)})
+
+
+def test_an_adapter_continues_at_a_larger_rank_computing_the_same(tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.lora(r=4, lora_alpha=8))
+    tiny.fill_adapters(model)
+    want = logits(model)
+    assert (want - logits(tiny.llama())).abs().max() > 1e-2
+    wanted = tiny.lora(r=16, lora_alpha=16)
+    trainer = tiny.trainer(tmp_path, model=model, parts={"peft_config": wanted}, merge_lora_configs=True)
+    torch.testing.assert_close(logits(trainer.model), want, rtol=0, atol=1e-5)  # the bound that users are promised
+    trainer.train()
+    assert tiny.losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.model.peft_config["default"].r == 16
+
+
+@pytest.mark.parametrize("parts", [{}, {"peft_config": tiny.lora()}], ids=["full", "one adapter"])
+def test_merging_lora_settings_without_two_of_them_is_refused(parts, tmp_path):
+    with pytest.raises(ValueError, match="--merge_lora_configs is about two sets of LoRA settings"):
+        tiny.trainer(tmp_path, parts=parts, merge_lora_configs=True)
 
 
 def test_neither_or_both_of_model_and_model_init(tmp_path):
@@ -584,9 +612,7 @@ def test_weights_are_safetensors_only(parts, tmp_path):
     trainer = tiny.trained(tmp_path, save_strategy="steps", save_steps=2, parts=parts)
     trainer.save_model()
     written = files(tmp_path)
-    assert {name for name in written if name.endswith((".bin", ".pkl", ".pickle", ".ckpt"))} - {
-        "training_args.bin"
-    } == set()
+    assert {name for name in written if name.endswith((".bin", ".pkl", ".pickle", ".ckpt"))} == set()
     assert {name for name in written if name.endswith((".pt", ".pth"))} <= {
         "optimizer.pt",
         "scheduler.pt",

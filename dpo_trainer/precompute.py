@@ -1,0 +1,187 @@
+"""Reference log-probs of a whole dataset, ahead of training: what the cache lacks is computed, packed by length."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from .assembly import place_reference
+from .batch import PairBatch, TokenizedPair
+from .data.collate import inputs_of, read_row
+from .data.content import completion_keys
+from .layout import Layout
+from .logprobs import base_model
+from .reference import CachedReference, Record
+
+WINDOW = 4096  # rows that are sorted by length at a time, and looked up in the cache together
+FLUSH_SECONDS = 2.0  # what a kill can cost; a write waits for the disk
+
+
+class Filled(NamedTuple):
+    """What became of the completions of a dataset, on all ranks."""
+
+    name: str
+    found: int
+    computed: int
+    tokens: int  # that went through the model
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = f", {self.tokens / self.seconds:,.0f} tokens/s" if self.computed else ""
+        return (
+            f"Reference log-probs of {self.name}: {self.found + self.computed:,} completions, {self.found:,} found in the "
+            f"cache, {self.computed:,} computed ({self.seconds:.1f} s{rate})."
+        )
+
+
+@dataclass(kw_only=True)
+class Precompute:
+    """Fills the cache of a reference. Draws no random numbers, and leaves dataset and policy as they are.
+
+    Args:
+        max_tokens: of one forward pass. A row that is longer goes by itself.
+    """
+
+    reference: CachedReference
+    layout: Layout
+    pad_token_id: int
+    accelerator: Accelerator
+    max_tokens: int
+    disable_tqdm: bool
+
+    def __call__(self, policy: nn.Module, dataset: Iterable[dict[str, Any]], name: str, limit: int | None) -> Filled:
+        """Every completion of the first `limit` rows (None: of all) is in the cache afterwards. All ranks must call."""
+        began = time.perf_counter()
+        gone = self.reference.source is None
+        with self.accelerator.autocast():  # before training, nothing has wrapped the model in it
+            self._settle_layout(policy, dataset)
+            counts = torch.zeros(3, dtype=torch.int64)
+            for share, shares in self._shares():
+                counts += self._fill(policy, dataset, name, limit, share, shares)
+                self.accelerator.wait_for_everyone()
+        if gone:
+            self.reference.release()  # what had to be fetched for this
+        found, computed, tokens = self.accelerator.reduce(counts.to(self.accelerator.device), "sum").tolist()
+        self.reference.store.note_use(hits=int(counts[0]), computed=int(counts[1]))
+        return Filled(name, found, computed, tokens, time.perf_counter() - began)
+
+    def _shares(self) -> list[tuple[int, int]]:
+        """(number, of how many): which rows this rank computes. Nodes whose disks are their own need a second round, in
+        which each computes for itself what the others wrote elsewhere."""
+        ranks = self.accelerator.num_processes
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        shares = [(self.accelerator.process_index, ranks)]
+        return shares if on_this_node == ranks else [*shares, (self.accelerator.local_process_index, on_this_node)]
+
+    def _settle_layout(self, policy: nn.Module, dataset: Iterable[dict[str, Any]]) -> None:
+        """On all ranks alike, for it ends in one verdict; the first batch of training would do the same."""
+        rows = [read_row(row, place) for place, row in enumerate(itertools.islice(dataset, 2))]
+        if rows and not self.layout.settled:
+            self.layout.settle(policy, self._batch(policy, rows))
+
+    def _fill(
+        self,
+        policy: nn.Module,
+        dataset: Iterable[dict[str, Any]],
+        name: str,
+        limit: int | None,
+        share: int,
+        shares: int,
+    ) -> torch.Tensor:
+        """[found, computed, tokens] of this rank's rows."""
+        counts = torch.zeros(3, dtype=torch.int64)
+        rows = itertools.islice(dataset, limit)
+        hide = self.disable_tqdm or not self.accelerator.is_local_main_process
+        with (
+            _Flushed(self.reference) as write,
+            tqdm(desc=f"Reference log-probs of {name}", unit=" rows", total=_length(dataset), disable=hide) as bar,
+        ):
+            place = 0
+            while window := list(itertools.islice(rows, WINDOW)):
+                mine = [read_row(row, at) for at, row in enumerate(window, start=place) if at % shares == share]
+                missing = self._missing(mine)
+                counts[0] += sum(len(row.completions) for row in mine) - sum(len(r.completions) for r in missing)
+                if missing and self.reference.source is None:
+                    self.reference.revive()
+                    place_reference(self.reference, self.accelerator)
+                for pack in packs(missing, self.max_tokens, padded=self.layout.name == "padded"):
+                    batch = self._batch(policy, pack)
+                    write(self.reference.compute(policy, batch))
+                    counts[1] += len(batch.lengths)
+                    counts[2] += batch.num_tokens
+                    bar.update(len(pack) * shares)
+                place += len(window)
+                bar.update(place - bar.n)
+        return counts
+
+    def _missing(self, rows: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+        """Rows of which the cache lacks a completion, each content once."""
+        keys = [completion_keys(row) for row in rows]
+        lacks = iter(self.reference.missing([key for own in keys for key in own]))
+        wanted = [(row, own) for row, own in zip(rows, keys, strict=True) if any([next(lacks) for _ in own])]
+        return list({tuple(own): row for row, own in wanted}.values())
+
+    def _batch(self, policy: nn.Module, rows: Sequence[TokenizedPair]) -> PairBatch:
+        inputs = inputs_of(rows, self.layout.name, self.pad_token_id, keyed=True)
+        return PairBatch.from_inputs(inputs, base_model(policy).device)
+
+
+def packs(rows: Sequence[TokenizedPair], max_tokens: int, *, padded: bool) -> Iterator[list[TokenizedPair]]:
+    """Rows of like length together, the longest first (what does not fit into memory shows at once), each pack within
+    `max_tokens`, padding included."""
+    size = _padded_size if padded else _flat_size
+    pack: list[TokenizedPair] = []
+    for row in sorted(rows, key=lambda row: size([row]), reverse=True):
+        if pack and size([*pack, row]) > max_tokens:
+            yield pack
+            pack = []
+        pack.append(row)
+    if pack:
+        yield pack
+
+
+def _flat_size(rows: Sequence[TokenizedPair]) -> int:
+    return sum(len(row.prompt_ids) + sum(map(len, row.completions)) for row in rows)
+
+
+def _padded_size(rows: Sequence[TokenizedPair]) -> int:
+    longest = max(len(row.prompt_ids) + max(map(len, row.completions)) for row in rows)
+    return longest * sum(len(row.completions) for row in rows)
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None
+
+
+class _Flushed:
+    """Collects records, and writes them every few seconds and at the end, also at that of an exception."""
+
+    def __init__(self, reference: CachedReference):
+        self.store = reference.store
+        self.waiting: dict[bytes, Record] = {}
+        self.written = time.monotonic()
+
+    def __enter__(self) -> _Flushed:
+        return self
+
+    def __call__(self, records: dict[bytes, Record]) -> None:
+        self.waiting |= records
+        if time.monotonic() - self.written > FLUSH_SECONDS:
+            self._write()
+
+    def _write(self) -> None:
+        if self.waiting:
+            self.store.put(self.waiting)
+        self.waiting, self.written = {}, time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._write()
