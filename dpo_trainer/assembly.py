@@ -145,6 +145,8 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
             remake=given.remake_reference(),
         )
     logger.warning(f"Reference: {reference.description}.")
+    for _, own in reference.own:
+        _say_other_dtype(base_model(own).dtype, base_model(model).dtype)
     layout = Layout(
         args.layout,
         [(scorer, model), *reference.own],
@@ -155,6 +157,14 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
         else None,
     )
     return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
+
+
+def _say_other_dtype(reference: torch.dtype, policy: torch.dtype) -> None:
+    if reference != policy:
+        logger.warning(
+            f"The reference is held in {reference}, the model in {policy}: log-probs differ by rounding alone, and the first loss "
+            "need not be ln 2. Load both in one dtype to be rid of that."
+        )
 
 
 def _activate_adapter(model: Any, name: str) -> None:

@@ -1,20 +1,18 @@
-"""DPOConfig: every option of a run, with its help, its bounds and its refusals.
+"""DPOConfig: every option of a run, with its help.
 
-An option works or is refused here, at construction, by an error that names the flag, the value and the way out.
-Refusals that depend on the model or the data stand in the module that sees them.
+An option works or is refused at construction (config_checks.py), by an error that names the flag, the value and the
+way out. Refusals that depend on the model or the data stand in the module that sees them.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
+from . import config_checks as checks
 from .losses import check_loss_arguments, load_loss_module
-from .registry import did_you_mean
 
 
 def choices(*allowed: str, help: str) -> dict[str, Any]:
@@ -353,158 +351,16 @@ class DPOConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         if self.loss_module is not None:
             load_loss_module(self.loss_module)
-        self._check_choices()
+        checks.check_choices(self)
         check_loss_arguments(self)
-        self._check_bounds()
-        self._resolve_checkpointing()
-        self._resolve_precision()
+        checks.check_bounds(self)
+        checks.check_lengths(self)
+        checks.check_moving_reference(self)
+        checks.check_nonfinite(self)
+        checks.check_cache(self)
+        checks.resolve_moving_reference(self)
+        checks.resolve_checkpointing(self)
+        checks.resolve_precision(self)
         super().__post_init__()
-        self._check_against_trainer()
-
-    def _check_choices(self) -> None:
-        for option in fields(self):
-            allowed, value = option.metadata.get("choices"), getattr(self, option.name)
-            unset = value is None and option.default is None
-            if allowed and not unset and value not in allowed:
-                raise ValueError(
-                    f"--{option.name} {value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
-                )
-
-    def _check_bounds(self) -> None:
-        for name, least in {
-            "max_length": 2,
-            "max_prompt_length": 1,
-            "max_completion_length": 1,
-            "max_pairs_per_prompt": 1,
-            "dataset_num_proc": 1,
-            "pad_to_multiple_of": 1,
-            "ref_model_sync_steps": 1,
-            "ref_model_sync_epochs": 1,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"--{name} must be an integer of at least {least}, or None, got {value!r}.")
-        coef = self.router_aux_loss_coef
-        if coef is not None and not (isinstance(coef, int | float) and 0 <= coef < math.inf):
-            raise ValueError(f"--router_aux_loss_coef must be a number of at least 0, got {coef!r}.")
-        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
-            raise ValueError(
-                f"--max_prompt_length {self.max_prompt_length} leaves no room for a completion in --max_length "
-                f"{self.max_length}: raise --max_length or lower --max_prompt_length."
-            )
-        self._check_moving_reference()
-        if self.nonfinite == "skip" and self.deepspeed:
-            raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
-        quota = self.ref_cache_quota
-        if not (isinstance(quota, int | float) and 0 < quota < math.inf):
-            raise ValueError(f"--ref_cache_quota must be a number of gigabytes above 0, got {quota!r}.")
-        for option in fields(self):
-            name = option.name
-            of_cache = name.startswith("ref_cache_") or name == "precompute_ref_max_tokens"
-            if of_cache and not self.precompute_ref_log_probs and getattr(self, name) != option.default:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)} would be ignored: there is a cache with --precompute_ref_log_probs alone. "
-                    "Add it, or leave this out."
-                )
-
-    def _check_moving_reference(self) -> None:
-        """Refuse what contradicts a moving reference, and fill in what was left open. The model has a say in `reference/`."""
-        how = ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_sync_epochs")
-        given = [name for name in how if getattr(self, name) is not None]
-        if not self.sync_ref_model:
-            if given:
-                raise ValueError(
-                    f"--{given[0]} {getattr(self, given[0])} would be ignored: the reference moves with --sync_ref_model "
-                    "alone. Add it, or leave this out."
-                )
-            return
-        if self.ref_model_sync_steps is not None and self.ref_model_sync_epochs is not None:
-            raise ValueError(
-                f"--ref_model_sync_steps {self.ref_model_sync_steps} and --ref_model_sync_epochs "
-                f"{self.ref_model_sync_epochs} both say when the reference moves: give one of them."
-            )
-        alpha = self.ref_model_mixup_alpha
-        if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha <= 1):
-            raise ValueError(
-                f"--ref_model_mixup_alpha must be a number above 0 and at most 1, got {alpha!r}: the share of the policy, "
-                "0.6 where nothing is said; 1 replaces the reference. For one that stays, leave --sync_ref_model off."
-            )
-        for name, why in {
-            "precompute_ref_log_probs": "its cache holds the numbers of a reference that stays",
-            "ref_adapter_name": "mixing would overwrite that adapter. Without it a copy of the trained adapter moves",
-        }.items():
-            if getattr(self, name):
-                raise ValueError(f"--sync_ref_model excludes --{name}: {why}. Leave one of the two out.")
-        if self.use_separate_reference_adapter is False:
-            raise ValueError(
-                "--sync_ref_model excludes --use_separate_reference_adapter false: the model below the adapter is the "
-                "policy's as well, and cannot move. Leave one of the two out."
-            )
-        if alpha is None:
-            self.ref_model_mixup_alpha = 0.6  # as in the paper's best runs, and in TRL
-        if self.ref_model_sync_steps is None and self.ref_model_sync_epochs is None:
-            self.ref_model_sync_steps = 512
-
-    def _resolve_checkpointing(self) -> None:
-        """`gradient_checkpointing`, the name that users know, steers whatever name this transformers has for it."""
-        name = "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
-        if getattr(self, name) is None:
-            setattr(self, name, self.gradient_checkpointing is not False)
-        if getattr(self, f"{name}_kwargs") is None:
-            setattr(self, f"{name}_kwargs", self.gradient_checkpointing_kwargs)
-
-    def _resolve_precision(self) -> None:
-        on_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and _computes_in_bfloat16(on_cpu)
-        # transformers takes bfloat16 on a CPU only where it was told that the CPU is meant.
-        self.use_cpu = self.use_cpu or (on_cpu and self.bf16)
-
-    def _check_against_trainer(self) -> None:
-        """Options of `TrainingArguments` that would be ignored, or would falsify what is logged."""
-        if self.logging_nan_inf_filter:
-            raise ValueError(
-                "--logging_nan_inf_filter hides non-finite losses behind an average: leave it off. "
-                "A non-finite loss stops the run and names its pairs."
-            )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"--label_smoothing_factor {self.label_smoothing_factor} smooths a cross-entropy that DPO does not have: "
-                "use --label_smoothing."
-            )
-        on_gpu = self.device.type != "cpu"
-        for name in ("activation_offloading", "use_liger_kernel"):
-            if getattr(self, name) and not on_gpu:
-                raise ValueError(f"--{name} needs a GPU, and this run is on {self.device.type}: leave it off.")
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.n_gpu} GPUs are visible to one process, which would split the flat row between them: start with "
-                "`accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES=0."
-            )
-        if self.torch_compile:
-            raise ValueError(
-                "--torch_compile is not available in this version: every batch has its own segments, and would be compiled "
-                "anew. Leave it off."
-            )
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "--enable_jit_checkpoint is not needed: at SIGTERM every run finishes its step, saves and stops. Leave it off."
-            )
-        if self.eval_use_gather_object:
-            raise ValueError(
-                "--eval_use_gather_object does nothing here: pairs are gathered by their number. Leave it off."
-            )
-        for name in ("dispatch_batches", "split_batches"):
-            if getattr(self.accelerator_config, name):
-                raise ValueError(
-                    f"--accelerator_config {name}=True cuts every tensor of a batch to one length, and scored tokens "
-                    "with it: leave it off, so that every process reads its own batches."
-                )
-        self.accelerator_config.dispatch_batches = False
-
-
-def _computes_in_bfloat16(on_cpu: bool) -> bool:
-    """Whether the device of this run has bfloat16 instructions (elsewhere bfloat16 is emulated, and slow)."""
-    if on_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        checks.check_against_trainer(self)
+        checks.resolve_dispatch(self)

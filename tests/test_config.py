@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from dpo_trainer import DPOConfig, config
+from dpo_trainer import DPOConfig, config_checks
 from dpo_trainer.data import DataOptions, options
 from dpo_trainer.losses import LOSSES
 
@@ -100,7 +100,7 @@ def test_bf16_asks_the_gpu_and_not_for_an_emulation(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
-    config._computes_in_bfloat16(False)
+    config_checks._computes_in_bfloat16(False)
     assert asked == [False]
 
 
@@ -318,7 +318,7 @@ def attributes_read(text: str) -> set[str]:
 
 def names_read() -> set[str]:
     """Every option that code in the package reads, checks aside: as an attribute, or as the argument of a loss."""
-    checks = {"config.py", "check.py"}
+    checks = {"config.py", "config_checks.py", "check.py"}
     read = {
         name
         for path in (ROOT / "dpo_trainer").rglob("*.py")

@@ -21,6 +21,7 @@ ORDER: list[set[str]] = [
     {"reference"},
     {"losses"},
     {"metrics"},
+    {"config_checks"},
     {"config"},
     {"loading"},
     {"checkpoints", "run_state", "failures"},

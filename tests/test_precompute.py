@@ -216,6 +216,47 @@ def test_a_kill_in_the_middle_loses_nothing_that_was_written(tmp_path, caplog, m
     assert filled(caplog) == [("train", kept, 44 - kept)]
 
 
+def quantized(four_bit: bool) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_4bit=four_bit, load_in_8bit=not four_bit, bnb_4bit_quant_type="nf4")
+    return lambda folder: AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
+
+
+@pytest.mark.parametrize("four_bit", [True, False], ids=["nf4", "int8"])
+def test_a_quantised_reference_is_another_than_its_origin(four_bit, tmp_path, caplog):
+    """And gives the same run with and without the cache."""
+    pytest.importorskip("bitsandbytes")
+    tiny.llama().save_pretrained(tmp_path / "start")
+    load = quantized(four_bit)
+    how: dict[str, Any] = {"parts": {"peft_config": tiny.lora()}, "max_steps": 2}
+    plain = run(tmp_path / "plain", cached=False, model=load(tmp_path / "start"), **how)
+    caplog.set_level(logging.WARNING)
+    run(tmp_path / "unquantised", cached=True, model=str(tmp_path / "start"), **how)
+    for found in [("train", 0, 44), ("train", 44, 0)]:
+        caplog.clear()
+        cached = run(tmp_path / "cached", cached=True, model=load(tmp_path / "start"), **how)
+        assert filled(caplog) == [found]
+        assert tiny.losses(cached) == pytest.approx(
+            tiny.losses(plain), abs=1e-4
+        )  # layers of 4 bits compute in bfloat16
+
+
+def test_every_trial_of_a_search_has_its_own_reference(tmp_path, caplog):
+    """`model_init` makes a model for each train()."""
+    models = iter([tiny.llama(), tiny.llama(), tiny.llama(seed=1), tiny.llama()])
+    caplog.set_level(logging.WARNING)
+    trainer = tiny.trainer(tmp_path, parts={"model_init": lambda: next(models)}, precompute_ref_log_probs=True)
+    found = []
+    for _ in range(3):
+        caplog.clear()
+        trainer.train()
+        found += filled(caplog)
+        assert tiny.losses(trainer)[0] == pytest.approx(np.log(2), abs=1e-6)
+        assert trainer.reference.source is None
+    assert found == [("train", 0, 44), ("train", 0, 44), ("train", 44, 0)]
+
+
 # --- no second model ---
 
 

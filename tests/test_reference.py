@@ -385,3 +385,25 @@ def state_of(trainer: DPOTrainer) -> dict[str, Any]:
             "disabled": {n: m.disable_adapters for n, m in model.named_modules() if hasattr(m, "disable_adapters")},
         }
     return state
+
+
+# --- references that cannot be ---
+
+
+def test_a_reference_path_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere"):
+        tiny.trainer(tmp_path, parts={"ref_model": str(tmp_path / "nowhere")})
+
+
+def test_a_reference_in_another_dtype_is_said(tmp_path, caplog):
+    import logging
+
+    with caplog.at_level(logging.WARNING):
+        tiny.trainer(tmp_path, parts={"ref_model": tiny.llama().bfloat16()})
+        said = [message for message in caplog.messages if "first loss need not be ln 2" in message]
+        assert len(said) == 1
+        assert "torch.bfloat16" in said[0]
+        assert "torch.float32" in said[0]
+        caplog.clear()
+        tiny.trainer(tmp_path, parts={"ref_model": tiny.llama()})
+    assert not any("ln 2" in message for message in caplog.messages)

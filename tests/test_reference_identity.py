@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from dpo_trainer.logprobs import evaluation_mode
-from dpo_trainer.reference.identity import _digests, _plain, identify
+from dpo_trainer.reference import hashing
+from dpo_trainer.reference.identity import identify
 
 IDS = torch.tensor([[2, 40, 41, 42, 90, 91, 3, 77, 78, 1], [2, 200, 100, 50, 3, 9, 8, 7, 6, 5]])
 
@@ -439,7 +440,7 @@ def test_another_process_finds_the_same_digest():
 
 def test_sets_come_in_order():
     """The one that IA3 keeps, for example; by chance these are in order in one process of 720."""
-    assert _plain({"layers": {"f", "b", "d", "a", "e", "c"}}) == {"layers": ["a", "b", "c", "d", "e", "f"]}
+    assert hashing.plain({"layers": {"f", "b", "d", "a", "e", "c"}}) == {"layers": ["a", "b", "c", "d", "e", "f"]}
 
 
 # --- quantised ---
@@ -517,7 +518,7 @@ DTYPES += [torch.float8_e4m3fn, torch.float64]
 
 
 def digest_of(tensor: Tensor) -> list[Any]:
-    return _digests({"x": tensor})["x"]
+    return hashing.digests({"x": tensor})["x"]
 
 
 def test_bytes_by_hand():
@@ -554,7 +555,7 @@ def test_shape_and_dtype_count():
 def test_views_of_one_storage_are_told_apart():
     square = torch.arange(9.0).reshape(3, 3)
     views = {"rows": square, "columns": square.t(), "part": square[:2], "again": square}
-    got = _digests(views)
+    got = hashing.digests(views)
     assert got == {name: digest_of(view.clone()) for name, view in views.items()}
     assert got["rows"] == got["again"] != got["columns"]
 

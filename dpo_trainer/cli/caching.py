@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from ..reference.store import Summary, cache_folder, prune, summaries
+from ..reference.cache import Summary, cache_folder, prune, summaries
 from .parsing import parse_args
 
 ENTRIES = ("reference", "what it is", "log-probs", "found", "computed", "size", "last used")

@@ -1,10 +1,10 @@
 """Where reference log-probs come from: one protocol, its strategies, and the only place that chooses between them."""
 
+from .cache import Record
 from .cached import CachedReference, cached
 from .choose import choose_reference
 from .identity import identify
 from .moving import MovingAdapter, MovingModel
-from .store import Record
 from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
 
 __all__ = [

@@ -11,8 +11,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from ..batch import PairBatch, PairLogps, TokenLogps
+from .cache import Record, Store, cache_folder, keep_within
 from .identity import Identity
-from .store import Record, Store, cache_folder, keep_within
 from .strategies import Reference
 
 

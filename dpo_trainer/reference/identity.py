@@ -10,10 +10,7 @@ Left out, because they follow from the config: buffers that are not saved (the f
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +26,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from ..logprobs import base_model, evaluation_mode
+from .hashing import DROPOUT, digests, not_here, plain
 
 FORMAT = 1
 """To be raised when the same model shall get another digest."""
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-THREADS = min(4, os.cpu_count() or 1)
-
-DROPOUT = re.compile(r"dropout|pdrop|layerdrop|drop_path")
 
 # Fields of a model's config, and of the configs within it.
 ORIGIN = "_name_or_path _commit_hash transformers_version architectures auto_map"
@@ -91,9 +86,9 @@ def identify(model: nn.Module, *, adapter: str | None = None, precision: str = "
     content = {
         "format": FORMAT,
         "class": type(base).__name__,
-        "config": _plain(base.config.to_dict(), without=OF_NO_MATTER),
+        "config": plain(base.config.to_dict(), without=OF_NO_MATTER),
         "numbers": _numbers(base, names),
-        "weights": _digests(_weights(base, names)),
+        "weights": digests(_weights(base, names)),
         "adapter": None if adapter is None else _adapter(model, names, adapter),
         "precision": precision,
     }
@@ -124,17 +119,10 @@ def _check_adapters(model: nn.Module, adapter: str | None) -> None:
 
 def _check_weights_are_here(model: nn.Module) -> None:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(_not_here("The model", "is sharded by FSDP"))
+        raise ValueError(not_here("The model", "is sharded by FSDP"))
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-            raise ValueError(_not_here(name, "is partitioned by DeepSpeed ZeRO-3"))
-
-
-def _not_here(name: str, why: str) -> str:
-    return (
-        f"{name} {why}: its values are not here to be hashed. Identify the reference before the model is sharded or "
-        "offloaded, or gather its weights first."
-    )
+            raise ValueError(not_here(name, "is partitioned by DeepSpeed ZeRO-3"))
 
 
 def _adapter_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -201,48 +189,12 @@ def _adapter(model: PeftModel, names: dict[str, str | None], adapter: str) -> di
             held = getattr(layer, attribute)
             if isinstance(held, dict) and isinstance(held.get(adapter), float | int | str | list):
                 # A list, because one layer can carry several: adapters of two parameters of the same module.
-                numbers.setdefault(f"{names[path]}.{attribute}", []).append(_plain(held[adapter]))
+                numbers.setdefault(f"{names[path]}.{attribute}", []).append(plain(held[adapter]))
     return {
-        "weights": _digests(weights),
-        "config": _plain(model.peft_config[adapter].to_dict(), without=OF_NO_MATTER_IN_ADAPTER),
+        "weights": digests(weights),
+        "config": plain(model.peft_config[adapter].to_dict(), without=OF_NO_MATTER_IN_ADAPTER),
         "numbers": {name: values for name, values in numbers.items() if not DROPOUT.search(name)},
     }
-
-
-def _digests(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """{name: [dtype, shape, hash of the bytes]}; tied weights are read once."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{name} is saved with the model as a {type(tensor).__name__}: only tensors can be hashed."
-            )
-        if tensor.is_meta:
-            raise ValueError(_not_here(name, "is on the meta device (offloaded, or never loaded)"))
-        if hasattr(tensor, "__tensor_flatten__"):
-            raise ValueError(_not_here(name, f"is a {type(tensor).__name__}, spread or packed"))
-    places = {name: (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
-    distinct = {places[name]: tensor for name, tensor in tensors.items()}
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = dict(zip(distinct, pool.map(_digest, distinct.values()), strict=True))
-    return {name: [str(t.dtype), list(t.shape), digests[places[name]]] for name, t in tensors.items()}
-
-
-def _digest(tensor: Tensor) -> str:
-    numbers = tensor.detach().cpu().contiguous()
-    row = numbers.as_strided([numbers.numel()], [1])  # with 0 or 1 numbers, "contiguous" says nothing about strides
-    return xxhash.xxh3_128_hexdigest(row.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
-
-
-def _plain(value: Any, *, without: frozenset[str] = frozenset()) -> Any:
-    """A config as JSON holds it, free of dropout and of the fields in `without`, at any depth; sets in order."""
-    if isinstance(value, dict):
-        kept = {str(key): part for key, part in value.items() if key not in without and not DROPOUT.search(str(key))}
-        return {key: _plain(part, without=without) for key, part in kept.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(str(part) for part in value)
-    if isinstance(value, list | tuple):
-        return [_plain(part, without=without) for part in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _about(

@@ -10,6 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
+import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from peft import get_peft_model
 from safetensors.torch import save_file
@@ -40,12 +41,24 @@ CELLS: dict[str, dict[str, Any]] = {
     "aot_unpaired short": {"rows": 22, "max_steps": 3, "loss_type": "aot_unpaired"},
     "bco_pair": {"rows": 22, "max_steps": 4, "loss_type": "bco_pair"},
     "stream": {"rows": 24, "max_steps": 3},
+    "cached full": {"rows": 22, "max_steps": 3, "precompute_ref_log_probs": True},
+    "cached lora": {"rows": 24, "max_steps": 3, "precompute_ref_log_probs": True, **LORA},
+    "cached stream": {"rows": 24, "max_steps": 2, "precompute_ref_log_probs": True},
+    "moving full": {"rows": 24, "max_steps": 3, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    "moving lora": {"rows": 24, "max_steps": 3, "sync_ref_model": True, "ref_model_sync_steps": 2, **LORA},
+    "resumed moving": {"rows": 22, "max_steps": 4, "sync_ref_model": True, "ref_model_sync_steps": 2},
     "resumed": {"rows": 22, "max_steps": 4, "logging_steps": 2},  # from step 3, between two lines
 }
 EVAL_ROWS = 7
 
 
-def model(name: str) -> PreTrainedModel:
+def model(name: str, folder: Path) -> PreTrainedModel | str:
+    if name.startswith("cached"):  # by name: rows that come after training ask for the reference again
+        start = folder / "start"
+        tiny.llama().save_pretrained(start)  # writes on the main process alone
+        if dist.is_initialized():
+            dist.barrier()
+        return str(start)
     if name != "lora continued":
         return tiny.llama()
     adapted = get_peft_model(tiny.llama(), tiny.lora(), adapter_name="style")
@@ -62,16 +75,18 @@ def make(name: str, folder: Path, ranks: int, *, saving: bool = False, **parts: 
     rows, pairs = tiny.dataset(options.pop("rows")), options.pop("pairs", GLOBAL_BATCH)
     if name.startswith("aot"):  # margins of another model, in another order: else sorting would hardly show
         parts["ref_model"] = tiny.llama(seed=5)
-    if name.startswith("lora") and name != "lora continued":
+    if options.get("precompute_ref_log_probs"):
+        options["ref_cache_dir"] = str(folder / f"cache of {name}")
+    if "lora" in name and name != "lora continued":
         parts["peft_config"] = tiny.lora()
     return tiny.trainer(
         folder,
-        model=model(name),
-        train=stream(rows) if name == "stream" else rows,
+        model=model(name, folder),
+        train=stream(rows) if "stream" in name else rows,
         parts=parts,
         per_device_train_batch_size=pairs // ranks,
         per_device_eval_batch_size=4 // ranks,
-        train_sampling_strategy="sequential" if name == "stream" else "random",
+        train_sampling_strategy="sequential" if "stream" in name else "random",
         **options,
     )
 
@@ -82,13 +97,14 @@ def run(
     """Train, then evaluate on a few rows, as a table and as a stream: numbers as JSON takes them."""
     seen: list[Any] = []
     trainer = make(name, folder, ranks, compute_metrics=lambda prediction: seen.append(prediction) or {})
-    if name == "resumed":
+    resumes = name.startswith("resumed")
+    if resumes:
         make(name, folder, ranks, saving=True).train()
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if name == "resumed" else None)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resumes else None)
     look(trainer)
     rows = tiny.dataset(EVAL_ROWS, seed=3)
     metrics = trainer.evaluate(rows)
-    streamed = trainer.evaluate(stream(rows)) if name == "stream" else {}
+    streamed = trainer.evaluate(stream(rows)) if "stream" in name else {}
     if trainer.is_world_process_zero():
         save_file(tiny.weights(trainer.model), folder / f"{name}.safetensors")
     return {
