@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from .layout import Layout
 from .loading import apply_peft, continue_adapter, disable_dropout, let_gradients_through, load_model
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
-from .reference import CachedReference, FrozenModel, Reference, cached, choose_reference, identify
+from .reference import CachedReference, FrozenModel, Reference, cached, choose_reference
 
 logger = logging.get_logger(__name__)
 
@@ -173,25 +172,6 @@ def _activate_adapter(model: Any, name: str) -> None:
         has = f"which has {', '.join(adapters)}" if adapters else "which has none: pass a PeftModel or a peft_config"
         raise ValueError(f"--model_adapter_name {name!r} is not an adapter of the model, {has}.")
     model.set_adapter(name)
-
-
-def model_identity(model: nn.Module, reference: Reference, precision: str) -> dict[str, Any]:
-    """What of a run's identity its models decide, as JSON: asked before anything trains.
-
-    Reads every weight once that training does not change. None where there is nothing to know.
-    """
-    trained = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
-    of_reference = reference.identity(model, precision)
-    # The reference of an adapter has the base in it, unless it is another model or none.
-    below = None if reference.lasting or not isinstance(model, PeftModel) else identify(model, precision=precision)
-    return {
-        "model": [
-            type(base_model(model)).__name__,
-            hashlib.blake2b(repr(trained).encode(), digest_size=16).hexdigest(),
-        ],
-        "base": None if below is None else below.digest,
-        "reference": None if of_reference is None else of_reference.digest,
-    }
 
 
 def place_reference(reference: Reference, accelerator: Any) -> None:

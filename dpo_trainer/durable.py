@@ -14,16 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from .checkpoints import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, saving, seal
 from .failures import StepWatch, Verdict, non_finite_error
-from .run_state import read_state, refuse_another_run, write_state
+from .live_settings import LiveSettings
+from .run_state import read_state, readable, refuse_another_run, write_state
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +47,7 @@ class DurableTrainer(Trainer):
         self.stop_asked = False  # this rank was told to stop
         self.stopped_by_signal = False  # all ranks did, and saved
         self.skipped_steps = 0
+        self.row_order = torch.Generator()  # of samplers that draw the order of rows, seeded anew with each epoch
         self._aside: Path | None = None  # where the checkpoint is written that has no name yet
         self._resuming: str | None = None
         self._attempted = False
@@ -87,9 +91,23 @@ class DurableTrainer(Trainer):
 
     def know_run(self) -> None:
         """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
-        self.identity = self._same_on_all_ranks(self.run_identity)
+        self.identity = self._same_on_all_ranks(lambda: {**self.run_identity(), **self._way_through_the_data()})
         if self._resuming is not None:
             refuse_another_run(self._resuming, self.identity, force=self.args.force_resume)
+
+    def _way_through_the_data(self) -> dict[str, Any]:
+        """What decides which rows a step sees. However they are split over ranks and micro-batches."""
+        args = self.args
+        return {
+            "optimizer": str(getattr(args.optim, "value", args.optim)),
+            "order": {
+                "--data_seed (without it --seed)": self.order_seed,
+                "--per_device_train_batch_size x --gradient_accumulation_steps x processes": args.train_batch_size
+                * args.gradient_accumulation_steps
+                * args.world_size,
+                "--train_sampling_strategy": args.train_sampling_strategy,
+            },
+        }
 
     def _same_on_all_ranks(self, ask: Any) -> Any:
         """The answer of the main process, whose error is everybody's."""
@@ -194,7 +212,7 @@ class DurableTrainer(Trainer):
         if self.args.should_save:  # the arguments as text: a pickle can run code when it is read
             folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string())
+            (folder / "training_args.json").write_text(readable(self.args.to_dict()))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -202,12 +220,62 @@ class DurableTrainer(Trainer):
         if self.args.should_save:
             write_state(Path(output_dir), self.identity, {**state, "skipped_steps": self.skipped_steps}, tensors)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        files = sorted(path.name for path in Path(resume_from_checkpoint).glob("*model*.safetensors"))
+        with naming(resume_from_checkpoint, f"its weights ({', '.join(files)})"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state, tensors = read_state(Path(checkpoint))
-            self.skipped_steps = state.pop("skipped_steps")
-            self.load_run_state(state, tensors)
+        if checkpoint is None:
+            return
+        live = None if self.is_deepspeed_enabled else LiveSettings(self.optimizer, self.lr_scheduler)
+        with naming(checkpoint, f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
+            if live is not None and not self.is_fsdp_enabled and not Path(checkpoint, OPTIMIZER_NAME).is_file():
+                raise FileNotFoundError(f"there is no {OPTIMIZER_NAME}")
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if live is not None:
+            live.put_back(self.optimizer, self.lr_scheduler)
+        state, tensors = read_state(Path(checkpoint))
+        self.skipped_steps = state.pop("skipped_steps")
+        self.load_run_state(state, tensors)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        where = super()._init_training_state(max_steps, *args, **kwargs)
+        # The checkpoint has those of the run that wrote it; when to log, save and evaluate is for this one to say.
+        self.state.compute_steps(self.args, max_steps)
+        return where
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one more step
+            self.control.should_training_stop = True
+            return
+        self.row_order.manual_seed(self.order_seed + epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Groups of like length are drawn by the epoch, as shuffled rows are, and not by how many numbers were drawn before."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self.row_order
+        return sampler
+
+    @property
+    def order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+
+@contextlib.contextmanager
+def naming(checkpoint: str, what: str) -> Iterator[None]:
+    """Whatever cannot be read of a checkpoint, said with the place. (A whole one fails here only if it does not fit.)"""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} cannot be resumed: {what} cannot be read, or does not fit ({type(error).__name__}: "
+            f"{error}). Start a new run from its model (--model_name_or_path {checkpoint}), or resume an earlier one."
+        ) from error
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str, *, force: bool) -> str | None:

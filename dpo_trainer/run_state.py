@@ -22,11 +22,14 @@ WORDS = {
     "loss": "the loss",
     "data": "the training data",
     "reference": "the reference model",
+    "adapter": "the settings of the adapter",
+    "optimizer": "the optimizer (--optim)",
+    "order": "the rows of a step",
 }
 """What makes two runs the same, as a message names it."""
 
-NEVER = {"model"}
-"""Differences that --force_resume cannot bridge: the weights would not fit."""
+NEVER = {"model", "optimizer"}
+"""Differences that --force_resume cannot bridge: the weights, or the moments of the optimizer, would not fit."""
 
 
 def write_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -61,6 +64,20 @@ def refuse_another_run(checkpoint: str, identity: dict[str, Any], *, force: bool
     )
 
 
+def readable(arguments: dict[str, Any]) -> str:
+    """The arguments of a run as JSON, without what is secret; what JSON cannot hold, as Python shows it."""
+    return json.dumps(_without_secrets(arguments), indent=2, default=repr)
+
+
+def _without_secrets(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: f"<{name.upper()}>" if str(name).endswith("token") and part else _without_secrets(part)
+        for name, part in value.items()
+    }
+
+
 def _detail(there: Any, here: Any) -> str:
     """Option by option, where it is known."""
     if not isinstance(there, dict) or not isinstance(here, dict):
@@ -76,10 +93,16 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} has no {STATE_FILE}: it was written with --save_only_model, or not by DPOTrainer. Such a "
             f"checkpoint can be trained on (--model_name_or_path {folder}), but not resumed."
         )
-    content = json.loads(path.read_text())
-    if content.get("version") != VERSION:
+    try:
+        content = json.loads(path.read_text())
+        version = content["version"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{path} has version {content.get('version')} of this state, and this dpo_trainer reads {VERSION}: resume with the "
+            f"{path} is damaged ({type(error).__name__}: {error}): resume an earlier checkpoint."
+        ) from error
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has version {version} of this state, and this dpo_trainer reads {VERSION}: resume with the "
             f"release that wrote it, or start a new run from its model (--model_name_or_path {folder})."
         )
     return content

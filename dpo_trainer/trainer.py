@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .assembly import Given, assemble, model_identity, place_reference
+from .assembly import Given, assemble, place_reference
 from .batch import PairBatch, pair_weight
 from .callbacks import MoveReference
 from .config import DPOConfig
@@ -33,6 +33,7 @@ from .data import (
     DataReport,
     FilledStream,
     Needs,
+    RepeatedStream,
     check_tokenizer,
     prepare_mixture,
     report_table,
@@ -41,16 +42,18 @@ from .data import (
 from .data.content import dataset_digest
 from .durable import DurableTrainer
 from .failures import MemoryAdvice, out_of_memory_message
-from .loading import load_tokenizer
+from .loading import load_tokenizer, weights_beside_adapter
 from .logprobs import base_model
 from .losses import Objective
 from .metrics import FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
 from .model_card import write_model_card
 from .precompute import Filled, Precompute
 from .reference import CachedReference
+from .run_identity import model_identity
 
 logger = logging.get_logger(__name__)
 
+BESIDE = "beside the adapter/"
 Rows: TypeAlias = Dataset | IterableDataset
 
 
@@ -150,6 +153,11 @@ class DPOTrainer(DurableTrainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
         place_reference(self.reference, self.accelerator)
+        if beside := list(weights_beside_adapter(self.model)):
+            logger.warning(
+                f"{len(beside)} weights are trained beside the adapter ({', '.join(beside[:3])} ...). They are in checkpoints, but "
+                "not in the adapter that is saved at the end: name their modules in modules_to_save (--lora_modules_to_save)."
+            )
 
     # --- the parts, built once ---
 
@@ -157,6 +165,7 @@ class DPOTrainer(DurableTrainer):
         self.objective = Objective.from_config(self.args)
         parts = assemble(model, self.given, self.objective, self.pad_token_id)
         self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
+        self._models: dict[str, Any] = {}
         return parts.model
 
     def _start_counting(self) -> None:
@@ -171,11 +180,12 @@ class DPOTrainer(DurableTrainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Each trial of a hyperparameter search has a new model, and perhaps other options: all parts are made anew."""
-        model = self._assemble(super().call_model_init(trial))
+        model: Any = self._assemble(super().call_model_init(trial))
+        self.model = model.to(self.args.device)
         place_reference(self.reference, self.accelerator)
         self._start_counting()
         self.know_run()
-        return model
+        return self.model
 
     def _collator(self, given: Callable | None) -> Callable:
         keyed = self.reference.keyed
@@ -243,10 +253,13 @@ class DPOTrainer(DurableTrainer):
         self._fill_cache({"test": prepared})
         return super().get_test_dataloader(prepared)
 
-    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, *args, **kwargs):
-        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
-            dataset = FilledStream(dataset, batch_size * self.accelerator.num_processes)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args, is_training: bool = False, **kwargs
+    ):
+        if isinstance(dataset, IterableDataset):
+            every_rank = batch_size * self.accelerator.num_processes
+            dataset = RepeatedStream(dataset) if is_training else FilledStream(dataset, every_rank)
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
@@ -321,8 +334,9 @@ class DPOTrainer(DurableTrainer):
             means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
             now = time.perf_counter()
             self.num_tokens += tokens
-            logs = {name: value for name, value in logs.items() if name != "loss"}  # ours is over pairs
-            logs |= {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
+            ours = {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
+            # The loss is a mean over pairs, and there is none where no step was made.
+            logs = {name: value for name, value in (logs | ours).items() if name != "loss" or "loss" in means}
             logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
             self._logged_at = now
             self.falling_chosen.look(means, self.state.global_step)
@@ -398,6 +412,8 @@ class DPOTrainer(DurableTrainer):
         return output
 
     def know_run(self) -> None:
+        if not self._models:  # a second train() goes on with a reference that has moved: what it was counts
+            self._models = model_identity(self.model, self.reference, self.given.precision)
         super().know_run()
         if self.reference.keyed:
             self.precompute_reference()
@@ -405,7 +421,7 @@ class DPOTrainer(DurableTrainer):
 
     def run_identity(self) -> dict[str, Any]:
         return {
-            **model_identity(self.model, self.reference, self.given.precision),
+            **self._models,
             "loss": self.objective.description(),
             "data": None if self.train_dataset is None else dataset_digest(self.train_dataset),
         }
@@ -416,13 +432,18 @@ class DPOTrainer(DurableTrainer):
             "since_last_log": self.metrics["train"].state_dict(self.sum_over_ranks, self.args.device),
             "objective": self.objective.state_dict(),
         }
-        return state, self.reference.state()
+        beside = {f"{BESIDE}{name}": p.detach().cpu() for name, p in weights_beside_adapter(self.model).items()}
+        return state, self.reference.state() | beside
 
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.num_tokens = state["num_tokens"]
         if self.is_world_process_zero():
             self.metrics["train"].load_state_dict(state["since_last_log"], self.args.device)
         self.objective.load_state_dict(state["objective"])
+        beside = weights_beside_adapter(self.model)
+        with torch.no_grad():
+            for name, parameter in beside.items():
+                parameter.copy_(tensors.pop(BESIDE + name))
         self.reference.load_state(tensors)
 
     def mark_step(self) -> Any:

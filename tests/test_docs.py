@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from markdown_blocks import ROOT, Block, assert_prints, blocks, commands, enter_checkout, run_python, same_line
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from dpo_trainer import inspection
 from dpo_trainer.cli import parse_args
+from dpo_trainer.cli.caching import CacheArguments
 from dpo_trainer.config import DPOConfig
 from dpo_trainer.inspection.arguments import InspectionArguments
 from dpo_trainer.losses import LOSSES
@@ -164,6 +165,11 @@ def test_commands_name_files_and_flags_that_exist(command, checkout):
         LOSSES._items = registered
     elif words[1:2] == ["scripts/inspect_data.py"]:
         inspection.parse(words[2:])
+    elif words[1:2] == ["scripts/cache_reference.py"]:
+        parser = HfArgumentParser(CacheArguments, allow_abbrev=False)
+        own, rest = parser.parse_args_into_dataclasses(words[2:], return_remaining_strings=True)
+        assert not rest or not (own.stats or own.prune)
+        parse_args(rest)
     elif words[1:2] == ["docs/generate.py"]:
         assert set(words[2:]) <= {"--check"}
     else:
@@ -202,6 +208,7 @@ def test_links_lead_to_files(page):
 def test_options_that_pages_name_exist(page):
     """`--flag` in the prose is a flag of the script, of a command of this repository, or TRL's own (changelog)."""
     scripts = {"check", "config", "help", "config_file", "num_processes", "nproc_per_node", "data", "data-dir"}
+    scripts |= {"signal", "requeue"}  # Slurm's
     known = {option.name for kind in generate_kinds() for option in fields(kind)} | scripts
     if page.name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         known |= {"float64", "gradient-checkpointing", "markers"}
@@ -210,7 +217,8 @@ def test_options_that_pages_name_exist(page):
 
 
 def generate_kinds() -> list[type]:
-    return [DPOConfig, TrainingArguments, generate.ScriptArguments, generate.ModelArguments, InspectionArguments]
+    ours = [DPOConfig, generate.ScriptArguments, generate.ModelArguments, InspectionArguments, CacheArguments]
+    return [*ours, TrainingArguments]
 
 
 def test_every_page_is_linked_from_the_readme_and_has_a_title():

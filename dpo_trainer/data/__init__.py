@@ -14,7 +14,7 @@ from .options import DataOptions
 from .prepare import prepare_dataset, prepare_mixture
 from .report import DataReport, report_table, write_reports
 from .schema import form_of, pair_from_row
-from .stream import FilledStream
+from .stream import FilledStream, RepeatedStream
 from .tokenize import tokenize_pairs
 from .truncate import Limits
 
@@ -26,6 +26,7 @@ __all__ = [
     "FilledStream",
     "Limits",
     "Needs",
+    "RepeatedStream",
     "check_tokenizer",
     "form_of",
     "pair_from_row",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,3 +114,24 @@ class FilledStream(torch.utils.data.IterableDataset):
             yield row
         for _ in range(-count % self.rows_of_all_ranks):
             yield {**row, "weight": 0.0}
+
+
+class RepeatedStream(torch.utils.data.IterableDataset):
+    """A prepared stream to train on, pass after pass, as one long one.
+
+    A pass that ends inside an optimizer step is followed by the next one in the same step, and a resumed run finds its
+    place by counting rows, in whichever pass it lies. A stream that comes back empty has ended.
+    """
+
+    def __init__(self, stream: IterableDataset):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict]:
+        for number in itertools.count():
+            self.stream.set_epoch(number)
+            empty = True
+            for row in self.stream:
+                empty = False
+                yield row
+            if empty:
+                return

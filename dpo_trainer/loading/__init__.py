@@ -1,6 +1,6 @@
 """What exists before the trainer does: model, tokenizer, adapters, quantisation, datasets; and dropout switched off."""
 
-from .adapters import apply_peft, let_gradients_through, make_quantization_config
+from .adapters import apply_peft, let_gradients_through, make_quantization_config, weights_beside_adapter
 from .continued_adapter import continue_adapter
 from .datasets import load_dataset_splits
 from .dropout import disable_dropout
@@ -17,4 +17,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "make_quantization_config",
+    "weights_beside_adapter",
 ]

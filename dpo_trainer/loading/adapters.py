@@ -7,7 +7,13 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+)
 from transformers import BitsAndBytesConfig
 
 if TYPE_CHECKING:
@@ -100,3 +106,12 @@ def _keep_out_of_inference_format(model: PreTrainedModel) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+
+
+def weights_beside_adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What the user trains besides the adapter (unfrozen by hand), by name: PEFT saves nothing of it."""
+    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+        return {}
+    adapter = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    saved = {weight.data_ptr() for weight in adapter.values()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved}

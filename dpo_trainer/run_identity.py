@@ -1,0 +1,40 @@
+"""What the models of a run are, so that a checkpoint is resumed by the run that wrote it and by no other."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from .logprobs import base_model
+from .reference import Reference, identify
+
+SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+def model_identity(model: nn.Module, reference: Reference, precision: str) -> dict[str, Any]:
+    """By the names of `run_state.WORDS`, as JSON; None where there is nothing to know. Asked before anything trains.
+
+    Reads every weight once that training does not change.
+    """
+    trained = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    of_reference = reference.identity(model, precision)
+    # The reference of an adapter has the base in it, unless it is another model or none.
+    below = None if reference.lasting or not isinstance(model, PeftModel) else identify(model, precision=precision)
+    return {
+        "model": [
+            type(base_model(model)).__name__,
+            hashlib.blake2b(repr(trained).encode(), digest_size=16).hexdigest(),
+        ],
+        "adapter": _adapter_settings(model) if isinstance(model, PeftModel) else None,
+        "base": None if below is None else below.digest,
+        "reference": None if of_reference is None else of_reference.digest,
+    }
+
+
+def _adapter_settings(model: PeftModel) -> dict[str, str]:
+    """Those that decide what the weights of the trained adapter compute, beside their shapes."""
+    config = model.peft_config[model.active_adapter].to_dict()
+    return {name: str(config[name]) for name in SCALING if name in config}
