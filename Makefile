@@ -1,10 +1,10 @@
 # make demo    train the embedded demo, from nothing to the table of results
-# make test    run all tests          make check   formatting, lint, types
+# make test    run all tests          make check   formatting, lint, types          make test-faults   30 kills and more
 PYTHON ?= python3
 # constraints.txt names the torch release that also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu check docs bench clean
+.PHONY: demo test test-gpu test-faults check docs bench clean
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -24,6 +24,9 @@ test: .venv/installed-dev
 
 test-gpu: .venv/installed-dev
 	DPO_TRAINER_TEST_GPU=1 .venv/bin/python -m pytest tests/gpu
+
+test-faults: .venv/installed-dev
+	.venv/bin/python tests/faults/kill_test.py
 
 check: .venv/installed-dev
 	.venv/bin/ruff format --check .

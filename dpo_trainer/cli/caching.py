@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from ..reference.cache import Summary, cache_folder, prune, summaries
 from .parsing import parse_args
 
+OUTPUT = "out/reference"
 ENTRIES = ("reference", "what it is", "log-probs", "found", "computed", "size", "last used")
 
 
@@ -61,14 +62,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fill(argv: Sequence[str]) -> None:
     """What a training run with these options would compute before its first step."""
-    script, model, config, _ = parse_args([*argv, "--precompute_ref_log_probs", "true"])
+    script, model, config, given = parse_args([*argv, "--precompute_ref_log_probs", "true"])
     if model.model_name_or_path is None:
         raise ValueError(
             "Whose log-probs, of which pairs? Give --model_name_or_path and --dataset_name as for training, or --stats."
         )
     from .build import build_trainer  # slow to import, and only this needs it
 
-    build_trainer(script, model, config).precompute_reference()
+    if "output_dir" not in given:  # of what is written, only the report of the data
+        config.output_dir = OUTPUT
+    trainer = build_trainer(script, model, config)
+    trainer.precompute_reference()
+    print(
+        f"Computed in {trainer.given.precision}: a run that computes in another precision has another reference, and finds "
+        "nothing here. Say --bf16 (or --bf16 false) to both where this machine and that one differ."
+    )
 
 
 def look_after(arguments: CacheArguments, folder: Path) -> None:
@@ -85,7 +93,9 @@ def show(console: Console, found: Sequence[Summary], title: str) -> None:
     if not found:
         console.print(escape(f"{title}: nothing."))
         return
-    table = Table(*ENTRIES, title=escape(title))
+    table = Table(title=escape(title))
+    for entry in ENTRIES:
+        table.add_column(entry, overflow="fold", no_wrap=entry != "what it is")
     for each in found:
         what = each.problem or ", ".join(text for text in each.about.values() if text != "none")
         counts = [f"{n:,}" for n in (each.entries, each.hits, each.computed)]

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..config import DPOConfig
+from ..durable import STOPPED_BY_SIGNAL
 from ..trainer import DPOTrainer
 from . import curves, results, world
 from .base_model import demo_model_and_tokenizer
@@ -119,6 +120,8 @@ def _train(base: Path, config: DPOConfig) -> tuple[DPOTrainer, list[int]]:
         callbacks=[saved],
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if trainer.stopped_by_signal:
+        raise SystemExit(STOPPED_BY_SIGNAL)
     trainer.save_state()
     trainer.save_model()
     if config.push_to_hub:

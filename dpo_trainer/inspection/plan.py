@@ -42,7 +42,7 @@ def memory_of(
     shape: ModelShape, batches: BatchTokens, layout: str, model: ModelArguments, config: DPOConfig
 ) -> Memory:
     adapter = shape.trainable < shape.parameters
-    needs_reference = Objective.from_config(config).needs_reference and not config.reference_free
+    needs_reference = Objective.from_config(config).needs_reference and not config.precompute_ref_log_probs
     run = Run(
         tokens=batches.largest_flat if layout == "flat" else batches.largest_padded,
         scored=batches.largest_scored,
