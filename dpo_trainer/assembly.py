@@ -13,7 +13,14 @@ from transformers.utils import logging
 
 from .config import DPOConfig
 from .layout import Layout
-from .loading import apply_peft, continue_adapter, disable_dropout, let_gradients_through, load_model
+from .loading import (
+    apply_peft,
+    continue_adapter,
+    disable_dropout,
+    let_gradients_through,
+    load_model,
+    weights_beside_adapter,
+)
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
 from .reference import CachedReference, FrozenModel, Reference, cached, choose_reference
@@ -106,6 +113,11 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
         _activate_adapter(model, args.model_adapter_name)
     if given.peft_config is not None and not fresh_adapter:
         model = continue_adapter(model, given.peft_config, merge_lora_configs=args.merge_lora_configs)
+    if beside := list(weights_beside_adapter(model)):
+        logger.warning(
+            f"{len(beside)} weights are trained beside the adapter ({', '.join(beside[:3])} ...). They are in checkpoints, but "
+            "not in the adapter that is saved at the end: name their modules in modules_to_save (--lora_modules_to_save)."
+        )
     if args.disable_dropout:
         disable_dropout(model, lora=args.disable_lora_dropout)
         if ref_model is not None:

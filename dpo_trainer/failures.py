@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,17 @@ class MemoryAdvice:
     second_model: bool
     adapter: bool
     finds_batch_size: bool
+
+    @classmethod
+    def of(cls, args: Any, *, second_model: bool, adapter: bool) -> MemoryAdvice:
+        """`args`: a `DPOConfig`."""
+        return cls(
+            batch_size=args.per_device_train_batch_size,
+            checkpointing=bool(args.gradient_checkpointing),
+            second_model=second_model,
+            adapter=adapter,
+            finds_batch_size=args.auto_find_batch_size,
+        )
 
     def ways_out(self) -> list[str]:
         ways = []

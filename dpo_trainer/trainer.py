@@ -6,11 +6,11 @@ rows -> data/ -> PairBatch -> layout.py -> logprobs.py (policy), reference/ -> l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
@@ -29,15 +29,10 @@ from .config import DPOConfig
 from .data import (
     FEATURES,
     DataCollatorForPreference,
-    DataOptions,
-    DataReport,
     FilledStream,
     Needs,
     RepeatedStream,
     check_tokenizer,
-    prepare_mixture,
-    report_table,
-    write_reports,
 )
 from .data.content import dataset_digest
 from .durable import DurableTrainer
@@ -49,12 +44,12 @@ from .metrics import FallingChosenWarning, MetricSums, StepParts, per_pair, step
 from .model_card import write_model_card
 from .precompute import Filled, Precompute
 from .reference import CachedReference
+from .run_data import Rows, RunData
 from .run_identity import model_identity
 
 logger = logging.get_logger(__name__)
 
 BESIDE = "beside the adapter/"
-Rows: TypeAlias = Dataset | IterableDataset
 
 
 class DPOTrainer(DurableTrainer):
@@ -121,13 +116,13 @@ class DPOTrainer(DurableTrainer):
         self.args, self.processing_class = args, processing_class
         self.pad_token_id = check_tokenizer(processing_class)
         model = self._assemble(start)
-        self.vocabulary_size = getattr(base_model(model).get_input_embeddings(), "num_embeddings", None)
-        self.data_reports: dict[str, DataReport] = {}
+        self.data = RunData(args, processing_class, self._needs(model))
+        self.data_reports = self.data.reports
         if train_dataset is not None:
-            train_dataset = self._prepared(train_dataset, "train")
+            train_dataset = self.data.prepare(train_dataset, "train")
         if eval_dataset is not None:
-            eval_dataset = self._prepared_evaluation(eval_dataset)
-        self._report_data()
+            eval_dataset = self.data.prepare_evaluation(eval_dataset)
+        self.data.report()
         data_collator = self._collator(data_collator)
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
@@ -153,11 +148,6 @@ class DPOTrainer(DurableTrainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
         place_reference(self.reference, self.accelerator)
-        if beside := list(weights_beside_adapter(self.model)):
-            logger.warning(
-                f"{len(beside)} weights are trained beside the adapter ({', '.join(beside[:3])} ...). They are in checkpoints, but "
-                "not in the adapter that is saved at the end: name their modules in modules_to_save (--lora_modules_to_save)."
-            )
 
     # --- the parts, built once ---
 
@@ -199,35 +189,11 @@ class DPOTrainer(DurableTrainer):
             )
         return given
 
-    def _prepared_evaluation(self, datasets: Rows | Sequence[Rows] | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
-        if isinstance(datasets, Mapping):
-            return {name: self._prepared(rows, f"eval {name}") for name, rows in datasets.items()}
-        return self._prepared(datasets, "eval")
-
-    def _prepared(self, dataset: Rows | Sequence[Rows], name: str) -> Rows:
-        """Rows of any form -> token ids, counted. A list of datasets is one mixture."""
-        parts = dataset if isinstance(dataset, list | tuple) else [dataset]
-        with self.args.main_process_first(desc=f"preparing the {name} data"):
-            prepared, reports = prepare_mixture(
-                parts,
-                self.processing_class,
-                DataOptions.from_config(self.args),
-                name=name,
-                needs=Needs(
-                    vocabulary_size=self.vocabulary_size,
-                    unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
-                ),
-            )
-        self.data_reports.update(reports)
-        return prepared
-
-    def _report_data(self) -> None:
-        """One table of what was kept, cut and dropped; the same as data_report.json in the output folder."""
-        if self.is_world_process_zero() and self.data_reports:
-            reports = list(self.data_reports.values())
-            write_reports(self.data_reports, Path(self.args.output_dir))
-            if any(report.rows for report in reports):  # a stream counts as it is read
-                logger.warning("Data, by rows:\n" + report_table(reports))
+    def _needs(self, model: nn.Module) -> Needs:
+        return Needs(
+            vocabulary_size=getattr(base_model(model).get_input_embeddings(), "num_embeddings", None),
+            unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
+        )
 
     # --- the data, as Trainer asks for it ---
 
@@ -238,8 +204,8 @@ class DPOTrainer(DurableTrainer):
         raw = isinstance(eval_dataset, Dataset | IterableDataset | list | tuple)
         new = raw and eval_dataset is not self.eval_dataset
         if new:
-            eval_dataset = self._prepared(eval_dataset, "eval")
-            self._report_data()
+            eval_dataset = self.data.prepare(eval_dataset, "eval")
+            self.data.report()
         if new or not self.is_in_train:  # while it trains, what it began with is there
             self._fill_cache({"eval": self._named_evaluation(eval_dataset)})
         return super().get_eval_dataloader(eval_dataset)
@@ -249,7 +215,7 @@ class DPOTrainer(DurableTrainer):
         return self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
 
     def get_test_dataloader(self, test_dataset: Any):
-        prepared = self._prepared(test_dataset, "test")
+        prepared = self.data.prepare(test_dataset, "test")
         self._fill_cache({"test": prepared})
         return super().get_test_dataloader(prepared)
 
@@ -277,17 +243,10 @@ class DPOTrainer(DurableTrainer):
             with self.scorer.step(), self.activations():
                 return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            batch = PairBatch.from_inputs(inputs)
-            raise torch.OutOfMemoryError(out_of_memory_message(batch, self._memory_advice(), str(error))) from error
-
-    def _memory_advice(self) -> MemoryAdvice:
-        return MemoryAdvice(
-            batch_size=self.args.per_device_train_batch_size,
-            checkpointing=bool(self.args.gradient_checkpointing),
-            second_model=bool(self.reference.own) and not self.reference.moving,
-            adapter=isinstance(self.model, PeftModel),
-            finds_batch_size=self.args.auto_find_batch_size,
-        )
+            second_model = bool(self.reference.own) and not self.reference.moving
+            advice = MemoryAdvice.of(self.args, second_model=second_model, adapter=isinstance(self.model, PeftModel))
+            message = out_of_memory_message(PairBatch.from_inputs(inputs), advice, str(error))
+            raise torch.OutOfMemoryError(message) from error
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -387,9 +346,7 @@ class DPOTrainer(DurableTrainer):
             disable_tqdm=self.args.disable_tqdm,
         )
         filled = [precompute(self.model, rows, name, self._rows_read(rows, name)) for name, rows in datasets.items()]
-        for report in self.data_reports.values():
-            if report.streaming:  # it will be read again
-                report.clear()
+        self.data.count_streams_anew()
         for each in filled:
             logger.warning(str(each))
         return filled
@@ -407,8 +364,8 @@ class DPOTrainer(DurableTrainer):
         """See `DurableTrainer.train`."""
         self._logged_at = time.perf_counter()
         output = super().train(*args, **kwargs)
-        if any(report.streaming for report in self.data_reports.values()):
-            self._report_data()  # what was read
+        if self.data.has_stream():
+            self.data.report()  # what was read
         return output
 
     def know_run(self) -> None:

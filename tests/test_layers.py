@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"config"},
     {"loading"},
     {"checkpoints", "run_state", "live_settings", "failures"},
-    {"assembly", "run_identity", "model_card", "callbacks", "durable"},
+    {"assembly", "run_identity", "run_data", "model_card", "callbacks", "durable"},
     {"precompute"},
     {"trainer"},
     {"demo", "cli"},

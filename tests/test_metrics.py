@@ -304,7 +304,7 @@ def test_compute_metrics_receives_pairs(tmp_path):
     documented = {f"{kind}/{side}" for kind in ("rewards", "logps", "ref_logps") for side in ("chosen", "rejected")}
     assert set(prediction.predictions) == documented
     assert prediction.label_ids.tolist() == list(range(7))
-    prepared = trainer._prepared(rows, "again")
+    prepared = trainer.data.prepare(rows, "again")
     batch = PairBatch.from_inputs(trainer.data_collator(list(prepared)))
     with torch.no_grad():
         policy = trainer.scorer(trainer.model, batch)
