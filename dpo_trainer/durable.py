@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from .checkpoints import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, saving, seal
+from .checkpoints import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, retire, saving, seal, tidy
 from .failures import StepWatch, Verdict, non_finite_error
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
@@ -190,12 +190,18 @@ class DurableTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if main:
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self.keep_newest(run_folder)
+
+    def keep_newest(self, run_folder: Path) -> None:
+        """At most `save_total_limit` checkpoints, the best and the newest among them."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        there = sort_checkpoints(str(run_folder), use_mtime=True)
+        spared = {str(self.state.best_model_checkpoint), *there[-1:]} & set(there)
+        surplus = max(0, len(there) - max(limit, len(spared)))
+        for checkpoint in [path for path in there if path not in spared][:surplus]:
+            retire(Path(checkpoint))
 
     def _name_best(self, run_folder: Path, final: Path) -> None:
         """By the name that it has from now on, not by the one it was written under."""
@@ -308,6 +314,9 @@ class StepGuard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop = False
+        if state.global_step and args.should_save:  # resumed: what a kill left undone
+            tidy(Path(args.output_dir))
+            self.trainer.keep_newest(Path(args.output_dir))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.mark = self.trainer.mark_step()

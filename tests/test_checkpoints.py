@@ -32,8 +32,10 @@ from dpo_trainer.checkpoints import (
     last_whole_checkpoint,
     publish,
     recover,
+    retire,
     saving,
     seal,
+    tidy,
 )
 
 FILES = {
@@ -759,3 +761,29 @@ def test_intact_is_said_of_intact_ones_only(tmp_path):
     truncated(checkpoint(tmp_path, 2))
     with pytest.raises(CheckpointError, match=r"the last one is .*checkpoint-1\."), saving(tmp_path / "checkpoint-3"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# --- removing one ---
+
+
+def test_retire_takes_the_name_first(tmp_path, monkeypatch):
+    """A kill in the middle of the removal leaves nothing under the name, and the next save clears the rest away."""
+    whole = checkpoint(tmp_path, 4)
+    with monkeypatch.context() as cut:
+        cut.setattr(shutil, "rmtree", lambda *args, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            retire(whole)
+    assert not whole.exists()
+    assert any((tmp_path / ASIDE).iterdir()), "cut off before it was gone"
+    assert last_whole_checkpoint(tmp_path) is None
+    tidy(tmp_path)
+    assert not (tmp_path / ASIDE).exists()
+
+
+def test_tidy_puts_back_what_a_replacement_had_moved(tmp_path):
+    whole = checkpoint(tmp_path, 4)
+    (tmp_path / ASIDE).mkdir()
+    whole.rename(tmp_path / ASIDE / "checkpoint-4.old")
+    tidy(tmp_path)
+    assert last_whole_checkpoint(tmp_path) == whole
+    assert not (tmp_path / ASIDE).exists()

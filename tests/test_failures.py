@@ -274,7 +274,7 @@ def test_auto_find_batch_size_trains_with_what_fits(tmp_path):
 
 
 def test_auto_find_batch_size_does_not_start_again_with_weights_that_moved(tmp_path):
-    trainer, after = sequential(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True, max_steps=3)
+    trainer, _ = sequential(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True, max_steps=3)
     score, calls = trainer.compute_loss, []
 
     def full_at_the_second(*args: Any, **how: Any) -> Any:

@@ -22,7 +22,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer, register_loss
 from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps

@@ -11,7 +11,7 @@ A kill at any moment leaves the folder under its name complete, or absent, or co
 
 from __future__ import annotations
 
-from .folders import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, recover
+from .folders import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, recover, retire, tidy
 from .manifest import MANIFEST, broken_file, seal
 from .saving import CheckpointError, saving
 
@@ -25,6 +25,8 @@ __all__ = [
     "last_whole_checkpoint",
     "publish",
     "recover",
+    "retire",
     "saving",
     "seal",
+    "tidy",
 ]

@@ -46,6 +46,21 @@ def publish(aside: Path, final: Path) -> None:
     discard(old)
 
 
+def retire(checkpoint: Path) -> None:
+    """Remove a checkpoint: its name first, in one rename, so that no kill leaves half of it under its name."""
+    gone = checkpoint.parent / ASIDE / f"{checkpoint.name}.gone"
+    gone.parent.mkdir(exist_ok=True)
+    remove(gone)
+    checkpoint.rename(gone)
+    discard(gone)
+
+
+def tidy(output_dir: Path) -> None:
+    """Remove what killed runs left unfinished."""
+    recover(output_dir)
+    remove(output_dir / ASIDE)
+
+
 def recover(output_dir: Path) -> None:
     """Finish a replacement that was cut off within `publish`: the old folder gets its name back, or goes."""
     for old in sorted((output_dir / ASIDE).glob("*.old")):

@@ -10,13 +10,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
+import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from peft import get_peft_model
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_trainer import DPOTrainer
+from dpo_trainer import DPOTrainer, register_loss
+from dpo_trainer.batch import PairLogps
 
 GLOBAL_BATCH = 8  # pairs of one micro-batch over all ranks; the test's only process takes them all
 
@@ -46,10 +49,23 @@ CELLS: dict[str, dict[str, Any]] = {
     "cached stream": {"rows": 24, "max_steps": 2, "precompute_ref_log_probs": True},
     "moving full": {"rows": 24, "max_steps": 3, "sync_ref_model": True, "ref_model_sync_steps": 1},
     "moving lora": {"rows": 24, "max_steps": 3, "sync_ref_model": True, "ref_model_sync_steps": 2, **LORA},
+    "skipped step": {"rows": 24, "max_steps": 3, "nonfinite": "skip", "loss_type": "nan_for_long_chosen"},
     "resumed moving": {"rows": 22, "max_steps": 4, "sync_ref_model": True, "ref_model_sync_steps": 2},
     "resumed": {"rows": 22, "max_steps": 4, "logging_steps": 2},  # from step 3, between two lines
 }
 EVAL_ROWS = 7
+
+
+@register_loss("nan_for_long_chosen", needs_reference=False)
+def nan_for_long_chosen(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+    """NaN for pairs whose chosen completion has more than 30 tokens; of `bad_rows` that is one."""
+    return -beta * policy.margin() + torch.where(policy.chosen_lengths > 30, torch.nan, 0.0)
+
+
+def bad_rows(n: int, at: int) -> Dataset:
+    rows = tiny.rows(n)
+    rows[at]["chosen"] = " " + "a" * 40
+    return Dataset.from_list(rows)
 
 
 def model(name: str, folder: Path) -> PreTrainedModel | str:
@@ -72,7 +88,8 @@ def stream(rows: Dataset) -> IterableDataset:
 
 def make(name: str, folder: Path, ranks: int, *, saving: bool = False, **parts: Any) -> DPOTrainer:
     options = dict(CELLS[name]) | ({"save_strategy": "steps", "save_steps": 3} if saving else {})
-    rows, pairs = tiny.dataset(options.pop("rows")), options.pop("pairs", GLOBAL_BATCH)
+    n, pairs = options.pop("rows"), options.pop("pairs", GLOBAL_BATCH)
+    rows = bad_rows(n, at=13) if name == "skipped step" else tiny.dataset(n)
     if name.startswith("aot"):  # margins of another model, in another order: else sorting would hardly show
         parts["ref_model"] = tiny.llama(seed=5)
     if options.get("precompute_ref_log_probs"):
@@ -86,7 +103,7 @@ def make(name: str, folder: Path, ranks: int, *, saving: bool = False, **parts: 
         parts=parts,
         per_device_train_batch_size=pairs // ranks,
         per_device_eval_batch_size=4 // ranks,
-        train_sampling_strategy="sequential" if "stream" in name else "random",
+        train_sampling_strategy="sequential" if "stream" in name or name == "skipped step" else "random",
         **options,
     )
 
@@ -108,7 +125,7 @@ def run(
     if trainer.is_world_process_zero():
         save_file(tiny.weights(trainer.model), folder / f"{name}.safetensors")
     return {
-        "lines": tiny.log_lines(trainer),
+        "lines": [line for line in trainer.state.log_history if "learning_rate" in line],
         "eval": metrics,
         "eval of the stream": streamed,
         "state": trainer.objective.state_dict(),

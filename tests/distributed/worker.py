@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,12 +15,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 import torch.distributed as dist
-from cells import CELLS, run
-from datasets import Dataset
-from tiny import rows, trainer
-from transformers import set_seed
+from cells import CELLS, bad_rows, run
+from tiny import dataset, trainer
+from transformers import TrainerCallback, set_seed
 
-from dpo_trainer import DPOTrainer, register_loss
+from dpo_trainer import DPOTrainer
 
 torch.set_num_threads(1)
 engines: dict[str, str] = {}
@@ -33,18 +33,11 @@ def note_engine(made: DPOTrainer) -> None:
     engines["backend"] = dist.get_backend()
 
 
-@register_loss("nan_for_long_chosen", needs_reference=False)
-def nan_for_long_chosen(policy, reference, *, beta):
-    return -beta * policy.margin() + torch.where(policy.chosen_lengths > 30, torch.nan, 0.0)
-
-
 def stopped_by_nan(folder: Path) -> str:
     """Row 2 is bad; in batches of 2 it is on rank 1. The message of this rank."""
-    bad = rows(4)
-    bad[2]["chosen"] = " " + "a" * 40
     made = trainer(
         folder,
-        train=Dataset.from_list(bad),
+        train=bad_rows(4, at=2),
         loss_type="nan_for_long_chosen",
         train_sampling_strategy="sequential",
         per_device_train_batch_size=2,
@@ -57,6 +50,24 @@ def stopped_by_nan(folder: Path) -> str:
     return "not stopped"
 
 
+class Terminate(TrainerCallback):
+    """This rank alone is told to stop, in its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped_by_signal(folder: Path, rank: int) -> list[object]:
+    """Rank 1 gets the signal. What this rank did: steps, whether it knows why, what lies on the disk."""
+    callbacks = [Terminate()] if rank == 1 else []
+    made = trainer(folder / "stopped", train=dataset(24), max_steps=5, parts={"callbacks": callbacks})
+    made.train()
+    dist.barrier()
+    saved = sorted(path.name for path in (folder / "stopped").glob("checkpoint-*"))
+    return [made.state.global_step, made.stopped_by_signal, saved]
+
+
 def main(folder: Path) -> None:
     results: dict[str, object] = {}
     for name in CELLS if not sys.argv[2:] else sys.argv[2:]:
@@ -66,8 +77,11 @@ def main(folder: Path) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     errors: list[str | None] = [None] * ranks
     dist.all_gather_object(errors, stopped_by_nan(folder))
+    stops: list[object] = [None] * ranks
+    dist.all_gather_object(stops, stopped_by_signal(folder, rank))
     if rank == 0:
-        (folder / "results.json").write_text(json.dumps({"cells": results, "engine": engines, "nan": errors}))
+        seen = {"cells": results, "engine": engines, "nan": errors, "stopped": stops}
+        (folder / "results.json").write_text(json.dumps(seen))
     dist.barrier()
 
 
