@@ -20,7 +20,7 @@ demo: .venv/installed
 	.venv/bin/python scripts/dpo.py --output_dir out/demo
 
 test: .venv/installed-dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadfile
 
 test-gpu: .venv/installed-dev
 	DPO_TRAINER_TEST_GPU=1 .venv/bin/python -m pytest tests/gpu

@@ -23,7 +23,17 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from .checkpoints import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, retire, saving, seal, tidy
+from .checkpoints import (
+    ASIDE,
+    checked_checkpoint,
+    fresh_aside,
+    last_whole_checkpoint,
+    publish,
+    retire,
+    saving,
+    seal,
+    tidy,
+)
 from .failures import StepWatch, Verdict, non_finite_error
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state

@@ -84,8 +84,10 @@ class Precompute:
 
     def _settle_layout(self, policy: nn.Module, dataset: Iterable[dict[str, Any]]) -> None:
         """On all ranks alike, for it ends in one verdict; the first batch of training would do the same."""
+        if self.layout.settled:
+            return
         rows = [read_row(row, place) for place, row in enumerate(itertools.islice(dataset, 2))]
-        if rows and not self.layout.settled:
+        if rows:
             self.layout.settle(policy, self._batch(policy, rows))
 
     def _fill(

@@ -26,8 +26,8 @@ ROWS = tiny.rows(12)
 ROWS[BAD]["chosen"] = " " + "a" * 40
 
 
-@register_loss("nan_for_long_chosen", needs_reference=False)
-def nan_for_long_chosen(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+@register_loss("nan_for_one_pair", needs_reference=False)
+def nan_for_one_pair(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
     """NaN for one pair alone: the one whose chosen completion has more than 30 tokens. All gradients are finite."""
     return -beta * policy.margin() + torch.where(policy.chosen_lengths > 30, math.nan, 0.0)
 
@@ -53,7 +53,7 @@ def sequential(folder: Any, **options: Any) -> Any:
     after = WeightsAfterEachStep()
     defaults = {
         "train": Dataset.from_list(ROWS),
-        "loss_type": "nan_for_long_chosen",
+        "loss_type": "nan_for_one_pair",
         "per_device_train_batch_size": 2,
         "train_sampling_strategy": "sequential",
         "max_steps": 6,
@@ -139,7 +139,7 @@ def test_what_another_rank_met_stops_this_one(what):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
-@pytest.mark.parametrize("kind", ["nan_for_long_chosen", "nan_gradient_for_long_chosen"])
+@pytest.mark.parametrize("kind", ["nan_for_one_pair", "nan_gradient_for_long_chosen"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_skip_leaves_the_step_out_and_goes_on(accumulate, kind, optim, tmp_path, caplog):
     """The weights are those of a run over the other rows alone: nothing of the step is left behind, in Adam's moments either."""
@@ -163,7 +163,7 @@ def test_skip_leaves_the_step_out_and_goes_on(accumulate, kind, optim, tmp_path,
     said = [message for message in caplog.messages if "left out" in message]
     assert len(said) == 1
     assert f"optimizer step {bad} is not finite" in said[0]
-    assert ("example_ids [9]" in said[0]) == (kind == "nan_for_long_chosen")
+    assert ("example_ids [9]" in said[0]) == (kind == "nan_for_one_pair")
 
 
 def test_skip_keeps_what_is_logged_free_of_the_step(tmp_path):
@@ -181,9 +181,7 @@ def test_skip_keeps_what_is_logged_free_of_the_step(tmp_path):
 
 
 def test_skip_leaves_the_running_shift_of_bco_alone(tmp_path):
-    trainer, _ = sequential(
-        tmp_path, nonfinite="skip", loss_type=["bco_pair", "nan_for_long_chosen"], logging_steps=100
-    )
+    trainer, _ = sequential(tmp_path, nonfinite="skip", loss_type=["bco_pair", "nan_for_one_pair"], logging_steps=100)
     trainer.train()
     assert trainer.objective.shift.count.item() == 10  # of 12 pairs
     assert trainer.objective.shift.mean.isfinite()

@@ -521,7 +521,7 @@ def test_the_digest_of_a_dataset_is_that_of_its_rows(tmp_path):
         ({"parts": {"data_collator": lambda rows: {}}}, "does not tell: use DataCollatorForPreference"),
         ({"parts": {"data_collator": DataCollatorForPreference(0)}}, "keyed=True"),
     ],
-    ids=str,
+    ids=["no reference", "reference_free", "moving", "folder", "collator of another library", "collator without keys"],
 )
 def test_refused_at_construction(options, words, tmp_path):
     with pytest.raises(ValueError, match=words):
