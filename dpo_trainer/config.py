@@ -143,8 +143,12 @@ class DPOConfig(TrainingArguments):
             "while training, and no reference forward in later epochs and runs."
         },
     )
-    precompute_ref_max_tokens: int = field(
-        default=8192, metadata={"help": "Most tokens of one forward pass of --precompute_ref_log_probs."}
+    precompute_ref_max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of one forward pass of --precompute_ref_log_probs. Default: 4,096 on a CPU, 16,384 on an "
+            "accelerator."
+        },
     )
     ref_cache_dir: str | None = field(
         default=None,

@@ -23,6 +23,7 @@ LEAST = {
     "pad_to_multiple_of": 1,
     "ref_model_sync_steps": 1,
     "ref_model_sync_epochs": 1,
+    "precompute_ref_max_tokens": 1,
 }
 
 
@@ -41,9 +42,6 @@ def check_bounds(config: DPOConfig) -> None:
         value = getattr(config, name)
         if value is not None and (type(value) is not int or value < least):
             raise ValueError(f"--{name} must be an integer of at least {least}, or None, got {value!r}.")
-    tokens = config.precompute_ref_max_tokens
-    if type(tokens) is not int or tokens < 1:
-        raise ValueError(f"--precompute_ref_max_tokens must be an integer of at least 1, got {tokens!r}.")
     coef = config.router_aux_loss_coef
     if coef is not None and not (isinstance(coef, int | float) and 0 <= coef < math.inf):
         raise ValueError(f"--router_aux_loss_coef must be a number of at least 0, got {coef!r}.")

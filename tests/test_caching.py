@@ -122,6 +122,7 @@ def test_text_from_a_file_is_shown_and_not_interpreted(tmp_path, capsys, monkeyp
     from dpo_trainer.reference.cache import Store
 
     monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("LINES", "50")  # without it rich takes a terminal that can do nothing for 80 columns wide
     Store(tmp_path, "ab" * 16, {"model": "[red]x[/red] [link=http://a]b[/link]"}).close()
     caching.main(["--stats", "--ref_cache_dir", str(tmp_path)])
     assert "[red]x[/red]" in capsys.readouterr().out.replace("\n", "")

@@ -336,19 +336,6 @@ def test_resume_of_a_stream(tmp_path):
     tiny.assert_same_weights(tiny.weights(resumed.model), tiny.weights(whole.model))
 
 
-def test_resume_tells_a_checkpoint_of_another_loss(tmp_path):
-    run(tmp_path, loss_type="bco_pair")
-    with pytest.raises(ValueError, match="written with another --loss_type"):
-        run(tmp_path, resume=3)
-
-
-def test_resume_tells_a_foreign_checkpoint(tmp_path):
-    run(tmp_path)
-    (tmp_path / "checkpoint-3" / "dpo_state.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-3 has no dpo_state.json: it was not written by DPOTrainer"):
-        run(tmp_path, resume=3)
-
-
 # --- the model is left as it came ---
 
 
