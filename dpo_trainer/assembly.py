@@ -94,6 +94,75 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
     Sets `objective.router_weight`, which only the model can tell.
     """
     args, ref_model = given.args, given.reference()
+    model, fresh_adapter = _with_adapter(model, given)
+    if args.disable_dropout:
+        disable_dropout(model, lora=args.disable_lora_dropout)
+        if ref_model is not None:
+            disable_dropout(ref_model, lora=True)
+
+    objective.router_weight = router_loss_weight(base_model(model), args.router_aux_loss_coef)
+    if objective.router_weight and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "The load-balancing loss (router_aux_loss_coef) gets no gradient out of reentrant checkpoints: leave "
+            "use_reentrant out of --gradient_checkpointing_kwargs, or switch the loss off with --router_aux_loss_coef 0."
+        )
+    scorer = Scorer(model, stats=METRIC_STATS | objective.token_stats, router_loss=objective.router_weight > 0)
+    reference = _reference(model, ref_model, scorer, given, objective, fresh_adapter)
+    logger.warning(f"Reference: {reference.description}.")
+    for _, own in reference.own:
+        _say_other_dtype(base_model(own).dtype, base_model(model).dtype)
+    layout = Layout(
+        args.layout,
+        [(scorer, model), *reference.own],
+        pad_token_id,
+        autocast=getattr(torch, given.precision) if given.precision != "float32" else None,
+        reason="the noise of --neftune_noise_alpha depends on the length of a row"
+        if args.neftune_noise_alpha
+        else None,
+    )
+    return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
+
+
+def _reference(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    scorer: Scorer,
+    given: Given,
+    objective: Objective,
+    fresh_adapter: bool,
+) -> Reference:
+    args = given.args
+    if args.precompute_ref_log_probs and not objective.needs_reference:
+        why = "--reference_free asks for none" if args.reference_free else "none of the losses in --loss_type has one"
+        raise ValueError(f"--precompute_ref_log_probs is about a reference, but {why}: leave it off.")
+    reference = choose_reference(
+        model,
+        ref_model,
+        scorer,
+        needed=objective.needs_reference,
+        reference_free=args.reference_free,
+        fresh_adapter=fresh_adapter,
+        ref_adapter_name=args.ref_adapter_name,
+        separate_adapter=args.use_separate_reference_adapter,
+        moving=args.sync_ref_model,
+        copy_policy=not args.precompute_ref_log_probs,
+    )
+    if not args.precompute_ref_log_probs:
+        return reference
+    return cached(
+        reference,
+        model,
+        folder=args.ref_cache_dir,
+        quota_gb=args.ref_cache_quota,
+        precision=given.precision,
+        tokens=objective.needs_reference_tokens,
+        remake=given.remake_reference(),
+    )
+
+
+def _with_adapter(model: nn.Module, given: Given) -> tuple[nn.Module, bool]:
+    """The model with the adapter that shall train, if any; and whether that was added just now."""
+    args = given.args
     if isinstance(model, PeftModel):
         let_gradients_through(base_model(model), gradient_checkpointing=bool(args.gradient_checkpointing))
     fresh_adapter = given.peft_config is not None and not isinstance(model, PeftModel)
@@ -118,56 +187,7 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
             f"{len(beside)} weights are trained beside the adapter ({', '.join(beside[:3])} ...). They are in checkpoints, but "
             "not in the adapter that is saved at the end: name their modules in modules_to_save (--lora_modules_to_save)."
         )
-    if args.disable_dropout:
-        disable_dropout(model, lora=args.disable_lora_dropout)
-        if ref_model is not None:
-            disable_dropout(ref_model, lora=True)
-
-    objective.router_weight = router_loss_weight(base_model(model), args.router_aux_loss_coef)
-    if objective.router_weight and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise ValueError(
-            "The load-balancing loss (router_aux_loss_coef) gets no gradient out of reentrant checkpoints: leave "
-            "use_reentrant out of --gradient_checkpointing_kwargs, or switch the loss off with --router_aux_loss_coef 0."
-        )
-    scorer = Scorer(model, stats=METRIC_STATS | objective.token_stats, router_loss=objective.router_weight > 0)
-    if args.precompute_ref_log_probs and not objective.needs_reference:
-        why = "--reference_free asks for none" if args.reference_free else "none of the losses in --loss_type has one"
-        raise ValueError(f"--precompute_ref_log_probs is about a reference, but {why}: leave it off.")
-    reference = choose_reference(
-        model,
-        ref_model,
-        scorer,
-        needed=objective.needs_reference,
-        reference_free=args.reference_free,
-        fresh_adapter=fresh_adapter,
-        ref_adapter_name=args.ref_adapter_name,
-        separate_adapter=args.use_separate_reference_adapter,
-        moving=args.sync_ref_model,
-        copy_policy=not args.precompute_ref_log_probs,
-    )
-    if args.precompute_ref_log_probs:
-        reference = cached(
-            reference,
-            model,
-            folder=args.ref_cache_dir,
-            quota_gb=args.ref_cache_quota,
-            precision=given.precision,
-            tokens=objective.needs_reference_tokens,
-            remake=given.remake_reference(),
-        )
-    logger.warning(f"Reference: {reference.description}.")
-    for _, own in reference.own:
-        _say_other_dtype(base_model(own).dtype, base_model(model).dtype)
-    layout = Layout(
-        args.layout,
-        [(scorer, model), *reference.own],
-        pad_token_id,
-        autocast=getattr(torch, given.precision) if given.precision != "float32" else None,
-        reason="the noise of --neftune_noise_alpha depends on the length of a row"
-        if args.neftune_noise_alpha
-        else None,
-    )
-    return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
+    return model, fresh_adapter
 
 
 def _say_other_dtype(reference: torch.dtype, policy: torch.dtype) -> None:

@@ -146,7 +146,7 @@ class DPOConfig(TrainingArguments):
     precompute_ref_max_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of one forward pass of --precompute_ref_log_probs. Default: 4,096 on a CPU, 16,384 on an "
+            "help": "Most tokens of one forward pass of --precompute_ref_log_probs. Default: 2,048 on a CPU, 16,384 on an "
             "accelerator."
         },
     )

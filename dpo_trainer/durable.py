@@ -66,21 +66,23 @@ class DurableTrainer(Trainer):
 
     def run_identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be one of this run; JSON. Asked before anything trains."""
-        raise NotImplementedError
+        return {}
 
     def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What training changes besides model, optimizer and what transformers saves: JSON, and tensors. On all ranks."""
-        raise NotImplementedError
+        return {}, {}
 
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        raise NotImplementedError
+        """Take up what `run_state` returned."""
+        return
 
     def mark_step(self) -> Any:
         """What `undo_step` returns to; nothing is copied off the device."""
-        raise NotImplementedError
+        return None
 
     def undo_step(self, mark: Any) -> None:
-        raise NotImplementedError
+        """Forget what a step has counted that was not made."""
+        return
 
     # --- a run, from its checkpoint to its end ---
 

@@ -23,8 +23,9 @@ from .logprobs import base_model
 from .reference import CachedReference, Record
 
 WINDOW = 4096  # rows that are sorted by length at a time, and looked up in the cache together
-# Rows of some hundred tokens: on a CPU larger packs leave its caches, and are slower by a tenth. Not measured elsewhere.
-TOKENS = {"cpu": 4096, "others": 16_384}
+# On a CPU, the arrays of larger packs are above 32 MiB, which glibc gives back after each use: up to a fifth of the time goes
+# into mapping them anew (benchmarks/reference_cache.py). Not measured on accelerators.
+TOKENS = {"cpu": 2048, "others": 16_384}
 FLUSH_SECONDS = 2.0  # what a kill can cost; a write waits for the disk
 
 
