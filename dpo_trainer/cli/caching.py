@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import HfArgumentParser
 
 from ..reference.cache import Summary, cache_folder, prune, summaries
 from .parsing import parse_args
 
 OUTPUT = "out/reference"
-ENTRIES = ("reference", "what it is", "log-probs", "found", "computed", "size", "last used")
+LABELLED = ("computed in",)  # the other texts say themselves what they are
 
 
 @dataclass
@@ -80,30 +77,26 @@ def fill(argv: Sequence[str]) -> None:
 
 
 def look_after(arguments: CacheArguments, folder: Path) -> None:
-    console = Console()
     if arguments.prune:
         age = None if arguments.older_than_days is None else timedelta(days=arguments.older_than_days)
         deleted = prune(folder, older_than=age, references=arguments.prune_reference)
-        show(console, deleted, f"Deleted from {folder}")
+        show(deleted, f"Deleted from {folder}")
     if arguments.stats:
-        show(console, summaries(folder), f"Reference log-probs in {folder}")
+        show(summaries(folder), f"Reference log-probs in {folder}")
 
 
-def show(console: Console, found: Sequence[Summary], title: str) -> None:
-    if not found:
-        console.print(escape(f"{title}: nothing."))
-        return
-    table = Table(title=escape(title))
-    for entry in ENTRIES:
-        table.add_column(entry, overflow="fold", no_wrap=entry != "what it is")
+def show(found: Sequence[Summary], title: str) -> None:
+    """Two lines for each reference: what it is, and how it was used."""
+    print(f"{title}: {len(found)}, {sum(each.bytes for each in found) / 1e6:,.1f} MB.")
     for each in found:
-        what = each.problem or ", ".join(text for text in each.about.values() if text != "none")
-        counts = [f"{n:,}" for n in (each.entries, each.hits, each.computed)]
-        table.add_row(
-            each.reference[:12], escape(what), *counts, f"{each.bytes / 1e6:,.1f} MB", f"{each.used:%Y-%m-%d %H:%M}"
+        known = (
+            f"{label} {text}" if label in LABELLED else text for label, text in each.about.items() if text != "none"
         )
-    console.print(table)
-    console.print(f"{len(found)} in all, {sum(each.bytes for each in found) / 1e6:,.1f} MB.")
+        print(f"\n{each.reference[:12]}  {each.problem or '; '.join(known)}")
+        print(
+            f"{'':12}  {each.entries:,} log-probs, {each.bytes / 1e6:,.1f} MB; {each.hits:,} found, {each.computed:,} computed; "
+            f"last used {each.used:%Y-%m-%d %H:%M} UTC"
+        )
 
 
 def _folder(words: Sequence[str]) -> Path:

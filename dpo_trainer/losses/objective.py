@@ -196,7 +196,10 @@ class Objective:
             else (divergence.__name__, {})
         )
         return plain | {
-            "losses": [[term.loss.name, term.weight, term.hyperparameters] for term in self.terms],
+            "losses": [
+                [term.loss.name, term.weight, {k: v for k, v in term.hyperparameters.items() if k not in plain}]
+                for term in self.terms
+            ],
             "divergence": [name, options],
         }
 
