@@ -53,6 +53,10 @@ class DurableTrainer(Trainer):
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
         super().__init__(*args, callbacks=[StepGuard(self), *(callbacks or [])], **kwargs)
+        if (
+            self.args.nonfinite == "skip" and self.is_deepspeed_enabled
+        ):  # by `accelerate launch`, which the config does not see
+            raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
         self.watch = StepWatch()
         self.stop_asked = False  # this rank was told to stop
         self.stopped_by_signal = False  # all ranks did, and saved

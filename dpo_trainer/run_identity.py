@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
 from .logprobs import base_model
-from .reference import Reference, identify
+from .reference import Identity, Reference, WeightsElsewhere, identify
+
+logger = logging.getLogger(__name__)
 
 SCALING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
@@ -20,18 +24,29 @@ def model_identity(model: nn.Module, reference: Reference, precision: str) -> di
     Reads every weight once that training does not change.
     """
     trained = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
-    of_reference = reference.identity(model, precision)
-    # The reference of an adapter has the base in it, unless it is another model or none.
-    below = None if reference.lasting or not isinstance(model, PeftModel) else identify(model, precision=precision)
+    of_reference = _digest(lambda: reference.identity(model, precision))
+    below = None
+    if isinstance(model, PeftModel) and not reference.lasting:  # otherwise the base is in the reference
+        below = _digest(lambda: identify(model, precision=precision))
     return {
         "model": [
             type(base_model(model)).__name__,
             hashlib.blake2b(repr(trained).encode(), digest_size=16).hexdigest(),
         ],
         "adapter": _adapter_settings(model) if isinstance(model, PeftModel) else None,
-        "base": None if below is None else below.digest,
-        "reference": None if of_reference is None else of_reference.digest,
+        "base": below,
+        "reference": of_reference,
     }
+
+
+def _digest(ask: Callable[[], Identity | None]) -> str | None:
+    """None where there is none, and where no process has the whole model."""
+    try:
+        found = ask()
+    except WeightsElsewhere as error:
+        logger.info(f"{error} A resumed run is not compared by it.")
+        return None
+    return None if found is None else found.digest
 
 
 def _adapter_settings(model: PeftModel) -> dict[str, str]:

@@ -209,6 +209,10 @@ def test_options_that_pages_name_exist(page):
     """`--flag` in the prose is a flag of the script, of a command of this repository, or TRL's own (changelog)."""
     scripts = {"check", "config", "help", "config_file", "num_processes", "nproc_per_node", "data", "data-dir"}
     scripts |= {"signal", "requeue"}  # Slurm's
+    scripts |= set(
+        "nnodes nproc-per-node rdzv-backend rdzv-endpoint rdzv-id rdzv_backend max-restarts max_restarts".split()
+    )
+    scripts |= {"main_process_ip", "deepspeed_multinode_launcher"}
     known = {option.name for kind in generate_kinds() for option in fields(kind)} | scripts
     if page.name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         known |= {"float64", "gradient-checkpointing", "markers"}

@@ -31,9 +31,10 @@ from peft import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from dpo_trainer.logprobs import evaluation_mode
-from dpo_trainer.reference import hashing
+from dpo_trainer.logprobs import Scorer, evaluation_mode
+from dpo_trainer.reference import UntrainedPolicy, hashing
 from dpo_trainer.reference.identity import identify
+from dpo_trainer.run_identity import model_identity
 
 IDS = torch.tensor([[2, 40, 41, 42, 90, 91, 3, 77, 78, 1], [2, 200, 100, 50, 3, 9, 8, 7, 6, 5]])
 
@@ -684,3 +685,13 @@ def test_about():
 
 def test_digest_is_32_hex_digits():
     assert len(bytes.fromhex(identify(tiny.llama()).digest)) == 16
+
+
+def test_a_run_whose_weights_are_elsewhere_is_known_by_the_rest():
+    """Sharded by an engine before anybody could look: not compared on resume, rather than refused."""
+    model = tiny.llama()
+    whole = model_identity(model, UntrainedPolicy(Scorer(model)), "float32")
+    assert whole["reference"] is not None
+    model.to("meta")
+    sharded = model_identity(model, UntrainedPolicy(Scorer(model)), "float32")
+    assert sharded == {**whole, "reference": None}

@@ -3,7 +3,8 @@
 from .cache import Record
 from .cached import CachedReference, cached
 from .choose import choose_reference
-from .identity import identify
+from .hashing import WeightsElsewhere
+from .identity import Identity, identify
 from .moving import MovingAdapter, MovingModel
 from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
 
@@ -11,6 +12,7 @@ __all__ = [
     "CachedReference",
     "DisabledAdapter",
     "FrozenModel",
+    "Identity",
     "MovingAdapter",
     "MovingModel",
     "NamedAdapter",
@@ -18,6 +20,7 @@ __all__ = [
     "Record",
     "Reference",
     "UntrainedPolicy",
+    "WeightsElsewhere",
     "cached",
     "choose_reference",
     "identify",

@@ -24,9 +24,9 @@ def digests(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
                 f"{name} is saved with the model as a {type(tensor).__name__}: only tensors can be hashed."
             )
         if tensor.is_meta:
-            raise ValueError(not_here(name, "is on the meta device (offloaded, or never loaded)"))
+            raise WeightsElsewhere(not_here(name, "is on the meta device (offloaded, or never loaded)"))
         if hasattr(tensor, "__tensor_flatten__"):
-            raise ValueError(not_here(name, f"is a {type(tensor).__name__}, spread or packed"))
+            raise WeightsElsewhere(not_here(name, f"is a {type(tensor).__name__}, spread or packed"))
     places = {name: (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
     distinct = {places[name]: tensor for name, tensor in tensors.items()}
     with ThreadPoolExecutor(THREADS) as pool:
@@ -50,6 +50,10 @@ def plain(value: Any, *, without: frozenset[str] = frozenset()) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part, without=without) for part in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+class WeightsElsewhere(ValueError):
+    """Another process, or no one yet, holds what shall be hashed."""
 
 
 def not_here(name: str, why: str) -> str:

@@ -26,7 +26,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from ..logprobs import base_model, evaluation_mode
-from .hashing import DROPOUT, digests, not_here, plain
+from .hashing import DROPOUT, WeightsElsewhere, digests, not_here, plain
 
 FORMAT = 1
 """To be raised when the same model shall get another digest."""
@@ -119,10 +119,10 @@ def _check_adapters(model: nn.Module, adapter: str | None) -> None:
 
 def _check_weights_are_here(model: nn.Module) -> None:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(not_here("The model", "is sharded by FSDP"))
+        raise WeightsElsewhere(not_here("The model", "is sharded by FSDP"))
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-            raise ValueError(not_here(name, "is partitioned by DeepSpeed ZeRO-3"))
+            raise WeightsElsewhere(not_here(name, "is partitioned by DeepSpeed ZeRO-3"))
 
 
 def _adapter_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
