@@ -167,6 +167,11 @@ def check_against_trainer(config: DPOConfig) -> None:
         raise ValueError(
             "--enable_jit_checkpoint is not needed: at SIGTERM every run finishes its step, saves and stops. Leave it off."
         )
+    if config.length_column_name != "length":
+        raise ValueError(
+            f"--length_column_name {config.length_column_name}: prepared rows have their tokens in the column 'length', whatever "
+            "the data calls it. Leave it off."
+        )
     if config.eval_use_gather_object:
         raise ValueError(
             "--eval_use_gather_object does nothing here: pairs are gathered by their number. Leave it off."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import has_length, sort_checkpoints
 from transformers.utils import logging
 
 from .checkpoints import (
@@ -34,6 +34,7 @@ from .checkpoints import (
     seal,
     tidy,
 )
+from .data.sampling import BalancedSampler
 from .failures import StepWatch, Verdict, non_finite_error
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
@@ -275,7 +276,16 @@ class DurableTrainer(Trainer):
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Groups of like length are drawn by the epoch, as shuffled rows are, and not by how many numbers were drawn before."""
+        """Orders that are drawn by the epoch, as shuffled rows are, and not by how many numbers were drawn before."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "batch_rebalance" and has_length(rows):
+            return BalancedSampler(
+                rows[self.args.length_column_name],
+                batch_size=self._train_batch_size,
+                ranks=self.args.world_size,
+                accumulation=self.args.gradient_accumulation_steps,
+                generator=self.row_order,
+            )
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = self.row_order

@@ -37,6 +37,7 @@ from .data import (
 from .data.content import dataset_digest
 from .durable import DurableTrainer
 from .failures import MemoryAdvice, out_of_memory_message
+from .fillers import unweigh_fillers
 from .loading import load_tokenizer, weights_beside_adapter
 from .logprobs import base_model
 from .losses import Objective
@@ -230,7 +231,8 @@ class DPOTrainer(DurableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
         if batch_samples:
-            self._unweigh_fillers(batch_samples[-1])
+            last, drop_last = batch_samples[-1], self.args.dataloader_drop_last
+            unweigh_fillers(last, self.accelerator, rows_per_rank=self._train_batch_size, drop_last=drop_last)
         return self.sum_over_ranks(
             sum((pair_weight(batch).sum() for batch in batch_samples), torch.zeros((), device=device))
         )
@@ -266,7 +268,8 @@ class DPOTrainer(DurableTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
         """Pairs of fillers are left out here: `evaluation_loop` gathers what is returned, however many a rank has."""
         inputs = self._prepare_inputs(inputs)
-        real = self._unweigh_fillers(inputs)
+        rows_per_rank, drop_last = self.args.eval_batch_size, self.args.dataloader_drop_last
+        real = unweigh_fillers(inputs, self.accelerator, rows_per_rank=rows_per_rank, drop_last=drop_last)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
@@ -305,23 +308,6 @@ class DPOTrainer(DurableTrainer):
         """Tensors [pairs, ...] of all ranks. Rows may have several pairs, so that ranks differ in how many they hold, and
         accelerate's `gather_for_metrics`, which wants equal numbers and cuts the last batch by rows, would lose some."""
         return recursively_apply(lambda tensor: self.objective.ranks.gather(tensor)[0], values)
-
-    def _unweigh_fillers(self, inputs: dict[str, Any]) -> Tensor:
-        """Rows that accelerate repeats to fill the last batch of all ranks get weight 0. [N] True for the pairs of others.
-
-        The last round of batches holds `remainder` rows that are not repeats, in the order of the ranks.
-        """
-        weight = pair_weight(inputs)
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return torch.ones_like(weight, dtype=torch.bool)
-        # A row may have several pairs. Collators of other libraries do not say, and have one.
-        row = inputs.get("row", torch.arange(len(weight), device=weight.device))
-        rows_per_rank = state.active_dataloader.total_batch_size // self.accelerator.num_processes
-        before = self.accelerator.process_index * rows_per_rank
-        real = row + before < state.remainder
-        inputs["weight"] = weight * real
-        return real
 
     # --- the reference, ahead of training ---
 

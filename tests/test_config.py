@@ -183,6 +183,7 @@ REFUSALS = [
     ({"ref_cache_quota": float("inf")}, "--ref_cache_quota must be a number of gigabytes above 0", "got inf"),
     ({"nonfinite": "ignore"}, "--nonfinite 'ignore' is not one of stop, skip", "stop"),
     ({"nonfinite": "skip", "deepspeed": {"stage": 1}}, "--nonfinite skip cannot keep DeepSpeed", "--nonfinite stop"),
+    ({"length_column_name": "size"}, "--length_column_name size", "Leave it off"),
     ({"enable_jit_checkpoint": True}, "--enable_jit_checkpoint is not needed", "Leave it off"),
     ({"ref_model_mixup_alpha": 0.5}, "--ref_model_mixup_alpha 0.5 would be ignored", "--sync_ref_model"),
     ({"ref_model_sync_steps": 5}, "--ref_model_sync_steps 5 would be ignored", "--sync_ref_model"),

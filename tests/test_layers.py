@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
     {"config_checks"},
     {"config"},
     {"loading"},
-    {"checkpoints", "run_state", "live_settings", "failures"},
+    {"checkpoints", "fillers", "run_state", "live_settings", "failures"},
     {"assembly", "run_identity", "run_data", "model_card", "callbacks", "durable"},
     {"precompute"},
     {"trainer"},

@@ -23,8 +23,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_trainer import DPOTrainer, register_loss
+from dpo_trainer import register_loss
 from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
+from dpo_trainer.fillers import unweigh_fillers
 from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
 
 # --- by hand ---
@@ -367,12 +368,13 @@ def test_compute_metrics_receives_every_pair_of_ranked_rows(size, tmp_path):
     assert len(set(margins.tolist())) == 21
 
 
-def on_rank(rank: int, *, rows: int, remainder: int, last: bool = True) -> SimpleNamespace:
-    """As much of a trainer, one of two processes with batches of `rows`, as finds the fillers."""
-    state = SimpleNamespace(
-        end_of_dataloader=last, remainder=remainder, active_dataloader=SimpleNamespace(total_batch_size=2 * rows)
-    )
-    return SimpleNamespace(accelerator=SimpleNamespace(num_processes=2, process_index=rank, gradient_state=state))
+def unweighed(
+    inputs: dict[str, Any], rank: int, rows: Any, *, last: bool = True, drop_last: bool = False
+) -> list[bool]:
+    """On one of two ranks with batches of three rows, in the last round over `rows`."""
+    state = SimpleNamespace(end_of_dataloader=last, active_dataloader=SimpleNamespace(dataset=rows))
+    accelerator: Any = SimpleNamespace(num_processes=2, process_index=rank, gradient_state=state)
+    return unweigh_fillers(inputs, accelerator, rows_per_rank=3, drop_last=drop_last).tolist()
 
 
 @pytest.mark.parametrize(
@@ -384,25 +386,26 @@ def on_rank(rank: int, *, rows: int, remainder: int, last: bool = True) -> Simpl
         (0, 2, [True, True, True, True, False, False]),
         (1, 2, [False] * 6),
         (1, 0, [True] * 6),  # the rows fill all batches
-        (1, -1, [True] * 6),  # a stream: nobody knows, and it fills itself with weights of 0
+        (1, None, [True] * 6),  # a stream: nobody knows, and it fills itself with weights of 0
     ],
 )
 def test_fillers_are_rows_and_weights_are_of_pairs(rank, remainder, real):
     """Batches of three rows with 3, 1 and 2 pairs on each of two ranks."""
     weight = torch.tensor([1.0, 1.0, 1.0, 0.5, 2.0, 2.0])
     inputs = {"weight": weight, "row": torch.tensor([0, 0, 0, 1, 2, 2])}
-    got = DPOTrainer._unweigh_fillers(on_rank(rank, rows=3, remainder=remainder), inputs)
-    assert got.tolist() == real
+    rows = iter(()) if remainder is None else range(12 + remainder)
+    assert unweighed(inputs, rank, rows) == real
     assert inputs["weight"].tolist() == [w if r else 0.0 for w, r in zip(weight.tolist(), real, strict=True)]
 
 
 def test_fillers_of_a_collator_that_says_nothing_of_rows():
     """One of another library: a pair is a row."""
     inputs = {"input_ids": torch.zeros(6, 4, dtype=torch.long)}
-    assert DPOTrainer._unweigh_fillers(on_rank(1, rows=3, remainder=5), inputs).tolist() == [True, True, False]
+    assert unweighed(inputs, 1, range(17)) == [True, True, False]
     assert inputs["weight"].tolist() == [1.0, 1.0, 0.0]
     early = {"input_ids": torch.zeros(6, 4, dtype=torch.long)}
-    assert DPOTrainer._unweigh_fillers(on_rank(1, rows=3, remainder=5, last=False), early).all()
+    assert all(unweighed(early, 1, range(17), last=False))
+    assert all(unweighed(early, 1, range(17), drop_last=True)), "then there are none"
     assert "weight" not in early
 
 

@@ -49,9 +49,11 @@ CELLS: dict[str, dict[str, Any]] = {
     "cached stream": {"rows": 24, "max_steps": 2, "precompute_ref_log_probs": True},
     "moving full": {"rows": 24, "max_steps": 3, "sync_ref_model": True, "ref_model_sync_steps": 1},
     "moving lora": {"rows": 24, "max_steps": 3, "sync_ref_model": True, "ref_model_sync_steps": 2, **LORA},
+    "balanced": {"rows": 22, "max_steps": 5, "train_sampling_strategy": "batch_rebalance"},
     "skipped step": {"rows": 24, "max_steps": 3, "nonfinite": "skip", "loss_type": "nan_for_long_chosen"},
     "resumed moving": {"rows": 22, "max_steps": 4, "sync_ref_model": True, "ref_model_sync_steps": 2},
     "resumed": {"rows": 22, "max_steps": 4, "logging_steps": 2},  # from step 3, between two lines
+    "resumed in the epoch": {"rows": 22, "max_steps": 4},  # from step 2 of 3, before the short last batch
 }
 EVAL_ROWS = 7
 
@@ -82,12 +84,16 @@ def model(name: str, folder: Path) -> PreTrainedModel | str:
     return adapted
 
 
+def saved_at(name: str) -> int:
+    return 2 if name == "resumed in the epoch" else 3
+
+
 def stream(rows: Dataset) -> IterableDataset:
     return IterableDataset.from_generator(lambda: iter(rows))
 
 
 def make(name: str, folder: Path, ranks: int, *, saving: bool = False, **parts: Any) -> DPOTrainer:
-    options = dict(CELLS[name]) | ({"save_strategy": "steps", "save_steps": 3} if saving else {})
+    options = dict(CELLS[name]) | ({"save_strategy": "steps", "save_steps": saved_at(name)} if saving else {})
     n, pairs = options.pop("rows"), options.pop("pairs", GLOBAL_BATCH)
     rows = bad_rows(n, at=13) if name == "skipped step" else tiny.dataset(n)
     if name.startswith("aot"):  # margins of another model, in another order: else sorting would hardly show
@@ -103,8 +109,10 @@ def make(name: str, folder: Path, ranks: int, *, saving: bool = False, **parts: 
         parts=parts,
         per_device_train_batch_size=pairs // ranks,
         per_device_eval_batch_size=4 // ranks,
-        train_sampling_strategy="sequential" if "stream" in name or name == "skipped step" else "random",
-        **options,
+        **{
+            "train_sampling_strategy": "sequential" if "stream" in name or name == "skipped step" else "random",
+            **options,
+        },
     )
 
 
@@ -117,7 +125,7 @@ def run(
     resumes = name.startswith("resumed")
     if resumes:
         make(name, folder, ranks, saving=True).train()
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resumes else None)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{saved_at(name)}") if resumes else None)
     look(trainer)
     rows = tiny.dataset(EVAL_ROWS, seed=3)
     metrics = trainer.evaluate(rows)
