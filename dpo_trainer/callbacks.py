@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from .checkpoints import tidy
+from .failures import Verdict, non_finite_error
 
 if TYPE_CHECKING:
     from .config import DPOConfig
+    from .durable import DurableTrainer
     from .trainer import DPOTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class StepGuard(TrainerCallback):
+    """Looks at a step before it is made, and ends the run behind one."""
+
+    def __init__(self, trainer: DurableTrainer):
+        self.trainer = trainer
+        self.stop = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop = False
+        if state.global_step and args.should_save:  # resumed: what a kill left undone
+            tidy(Path(args.output_dir))
+            self.trainer.keep_newest(Path(args.output_dir))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mark = self.trainer.mark_step()
+        self.loss_before = self.trainer._tr_loss.clone()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        verdict = trainer.watch.verdict(trainer.sum_over_ranks, stop_asked=trainer.stop_asked)
+        self.stop = self.stop or verdict.stop_asked
+        if verdict.finite:
+            return
+        if args.nonfinite == "stop":
+            raise non_finite_error(verdict, state.global_step + 1)
+        self._leave_out(verdict, state.global_step + 1)
+
+    def _leave_out(self, verdict: Verdict, step: int) -> None:
+        """Without gradients an optimizer touches neither weights nor its own state."""
+        trainer = self.trainer
+        trainer.optimizer.zero_grad()
+        trainer.undo_step(self.mark)
+        trainer._tr_loss.copy_(self.loss_before)
+        trainer._initial_global_step += 1  # the mean loss of the run is over the steps that were made
+        trainer.skipped_steps += 1
+        logger.warning(f"{verdict.problem(step)}: it was left out, number {trainer.skipped_steps} of this run.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop:
+            control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
+            self.trainer.stopped_by_signal = True
+            logger.warning(f"Told to stop (SIGTERM): saving after step {state.global_step}.")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop:  # saved already
+            control.should_save = control.should_evaluate = False
 
 
 class MoveReference(TrainerCallback):

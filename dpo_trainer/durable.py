@@ -23,19 +23,18 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length, sort_checkpoints
 from transformers.utils import logging
 
+from .callbacks import StepGuard
 from .checkpoints import (
     ASIDE,
-    checked_checkpoint,
+    checkpoint_to_resume,
     fresh_aside,
-    last_whole_checkpoint,
     publish,
     retire,
     saving,
     seal,
-    tidy,
 )
 from .data.sampling import BalancedSampler
-from .failures import StepWatch, Verdict, non_finite_error
+from .failures import StepWatch
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
 
@@ -54,9 +53,8 @@ class DurableTrainer(Trainer):
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
         super().__init__(*args, callbacks=[StepGuard(self), *(callbacks or [])], **kwargs)
-        if (
-            self.args.nonfinite == "skip" and self.is_deepspeed_enabled
-        ):  # by `accelerate launch`, which the config does not see
+        # Here as well as in the config, which does not see what `accelerate launch` switches on.
+        if self.args.nonfinite == "skip" and self.is_deepspeed_enabled:
             raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
         self.watch = StepWatch()
         self.stop_asked = False  # this rank was told to stop
@@ -308,72 +306,3 @@ def naming(checkpoint: str, what: str) -> Iterator[None]:
             f"The checkpoint {checkpoint!r} cannot be resumed: {what} cannot be read, or does not fit ({type(error).__name__}: "
             f"{error}). Start a new run from its model (--model_name_or_path {checkpoint}), or resume an earlier one."
         ) from error
-
-
-def checkpoint_to_resume(asked: str | bool | None, output_dir: str, *, force: bool) -> str | None:
-    """The folder to resume from, whole; None for a fresh start.
-
-    Raises:
-        ValueError: for a folder that is broken or none, and where "true" finds nothing.
-    """
-    word = str(asked).lower()
-    if word in ("none", "false"):
-        return None
-    if word not in ("auto", "true"):
-        return str(checked_checkpoint(asked, force))  # type: ignore[arg-type]  # neither None nor a bool
-    found = last_whole_checkpoint(Path(output_dir))
-    if found is None and word == "true":
-        raise ValueError(
-            f"--resume_from_checkpoint true: there is no whole checkpoint in {output_dir!r}. Say auto to begin where there is "
-            "none yet, or name the folder of one."
-        )
-    logger.warning(f"Resuming from {found}." if found else f"No checkpoint in {output_dir!r} yet: starting fresh.")
-    return None if found is None else str(found)
-
-
-class StepGuard(TrainerCallback):
-    """Looks at a step before it is made, and ends the run behind one."""
-
-    def __init__(self, trainer: DurableTrainer):
-        self.trainer = trainer
-        self.stop = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop = False
-        if state.global_step and args.should_save:  # resumed: what a kill left undone
-            tidy(Path(args.output_dir))
-            self.trainer.keep_newest(Path(args.output_dir))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark = self.trainer.mark_step()
-        self.loss_before = self.trainer._tr_loss.clone()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        verdict = trainer.watch.verdict(trainer.sum_over_ranks, stop_asked=trainer.stop_asked)
-        self.stop = self.stop or verdict.stop_asked
-        if verdict.finite:
-            return
-        if args.nonfinite == "stop":
-            raise non_finite_error(verdict, state.global_step + 1)
-        self._leave_out(verdict, state.global_step + 1)
-
-    def _leave_out(self, verdict: Verdict, step: int) -> None:
-        """Without gradients an optimizer touches neither weights nor its own state."""
-        trainer = self.trainer
-        trainer.optimizer.zero_grad()
-        trainer.undo_step(self.mark)
-        trainer._tr_loss.copy_(self.loss_before)
-        trainer._initial_global_step += 1  # the mean loss of the run is over the steps that were made
-        trainer.skipped_steps += 1
-        logger.warning(f"{verdict.problem(step)}: it was left out, number {trainer.skipped_steps} of this run.")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop:
-            control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
-            self.trainer.stopped_by_signal = True
-            logger.warning(f"Told to stop (SIGTERM): saving after step {state.global_step}.")
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop:  # saved already
-            control.should_save = control.should_evaluate = False

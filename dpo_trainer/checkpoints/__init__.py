@@ -11,7 +11,17 @@ A kill at any moment leaves the folder under its name complete, or absent, or co
 
 from __future__ import annotations
 
-from .folders import ASIDE, checked_checkpoint, fresh_aside, last_whole_checkpoint, publish, recover, retire, tidy
+from .folders import (
+    ASIDE,
+    checked_checkpoint,
+    checkpoint_to_resume,
+    fresh_aside,
+    last_whole_checkpoint,
+    publish,
+    recover,
+    retire,
+    tidy,
+)
 from .manifest import MANIFEST, broken_file, seal
 from .saving import CheckpointError, saving
 
@@ -21,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "broken_file",
     "checked_checkpoint",
+    "checkpoint_to_resume",
     "fresh_aside",
     "last_whole_checkpoint",
     "publish",

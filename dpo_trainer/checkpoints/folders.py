@@ -110,6 +110,27 @@ def checked_checkpoint(path: str | Path, force: bool = False) -> Path:
     )
 
 
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str, *, force: bool) -> str | None:
+    """The folder to resume from, whole; None for a fresh start.
+
+    Raises:
+        ValueError: for a folder that is broken or none, and where "true" finds nothing.
+    """
+    word = str(asked).lower()
+    if word in ("none", "false"):
+        return None
+    if word not in ("auto", "true"):
+        return str(checked_checkpoint(asked, force))  # type: ignore[arg-type]  # neither None nor a bool
+    found = last_whole_checkpoint(Path(output_dir))
+    if found is None and word == "true":
+        raise ValueError(
+            f"--resume_from_checkpoint true: there is no whole checkpoint in {output_dir!r}. Say auto to begin where there is "
+            "none yet, or name the folder of one."
+        )
+    logger.warning(f"Resuming from {found}." if found else f"No checkpoint in {output_dir!r} yet: starting fresh.")
+    return None if found is None else str(found)
+
+
 def numbered(output_dir: Path) -> list[Path]:
     """All that is called checkpoint-N, highest N first."""
     if not output_dir.is_dir():
