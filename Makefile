@@ -4,7 +4,7 @@ PYTHON ?= python3
 # constraints.txt names the torch release that also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu test-faults check docs bench clean
+.PHONY: demo test test-gpu test-faults test-distributed check docs bench clean
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -27,6 +27,10 @@ test-gpu: .venv/installed-dev
 
 test-faults: .venv/installed-dev
 	.venv/bin/python tests/faults/kill_test.py
+
+# every run of tests/distributed under every engine, and the table of largest differences
+test-distributed: .venv/installed-dev
+	DPO_TRAINER_TEST_DISTRIBUTED=1 .venv/bin/python -m pytest tests/distributed
 
 check: .venv/installed-dev
 	.venv/bin/ruff format --check .

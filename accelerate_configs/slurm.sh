@@ -17,6 +17,7 @@
 #SBATCH --open-mode=append
 
 set -euo pipefail
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # else workers that are started again look for the dead ones (torch 2.13)
 gpus=8
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 

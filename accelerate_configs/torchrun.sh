@@ -7,6 +7,7 @@
 # checkpoint. --output_dir must be on a disk that all machines share. The engine is DistributedDataParallel.
 
 set -euo pipefail
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # else workers that are started again look for the dead ones (torch 2.13)
 exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${GPUS:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:29500}" --rdzv-id "${RUN:-dpo}" --max-restarts 3 \
     scripts/dpo.py "$@" --resume_from_checkpoint auto

@@ -141,7 +141,7 @@ def gathered_by_fsdp2(sizes: ModelShape, *, tied: bool, trained: bool) -> float:
 
 
 def in_deepspeed(whole: Parts, kind: Kind) -> Parts:
-    """DeepSpeed with bf16 holds trained weights and gradients in bfloat16, and float32 weights beside Adam's numbers."""
+    """DeepSpeed with bf16 holds weights and gradients in bfloat16, and float32 weights beside Adam's numbers."""
     if kind.adapter:
         return replace(whole, casts=0)
     parameters = whole.weights / FULL
@@ -150,6 +150,7 @@ def in_deepspeed(whole: Parts, kind: Kind) -> Parts:
         weights=HALF * parameters,
         gradients=HALF * parameters,
         optimizer=(FULL + ADAM) * parameters,
+        reference=HALF * whole.reference / FULL,
         casts=0,
     )
 
@@ -179,7 +180,7 @@ def zero2(p: Parts, kind: Kind, cards: int) -> float:
 def zero3(p: Parts, kind: Kind, cards: int) -> float:
     d = in_deepspeed(p, kind)
     gathered = min(LIVE, d.weights)
-    return (d.states + min(GROUP, step_gradient(d))) / cards + d.batch + BUCKET + gathered
+    return (d.states + d.reference + min(GROUP, step_gradient(d))) / cards + d.batch + BUCKET + gathered
 
 
 def zero3_offload(p: Parts, kind: Kind, cards: int) -> float:
@@ -188,7 +189,7 @@ def zero3_offload(p: Parts, kind: Kind, cards: int) -> float:
 
 
 def fsdp2(p: Parts, kind: Kind, cards: int) -> float:
-    return p.states / cards + p.gathered + p.batch
+    return (p.states + p.reference) / cards + p.gathered + p.batch
 
 
 def step_gradient(d: Parts) -> float:
@@ -198,21 +199,19 @@ def step_gradient(d: Parts) -> float:
 
 @dataclass(frozen=True)
 class Engine:
-    """`of(parts, kind, N)`: bytes on each card. `copies`: whether a reference model of its own is possible."""
+    """`of(parts, kind, N)`: bytes on each card."""
 
     of: Callable[[Parts, Kind, int], float]
-    copies: bool = True
     least: int = 2  # cards
 
 
-# A reference copy under FSDP2 and ZeRO-3: `copies` is what dpo_trainer/assembly.py allows.
 ENGINES = {
     "ddp": Engine(ddp, least=1),
     "zero1": Engine(zero1),
     "zero2": Engine(zero2),
-    "fsdp2": Engine(fsdp2, copies=False),
-    "zero3": Engine(zero3, copies=False),
-    "zero3_offload": Engine(zero3_offload, copies=False, least=1),
+    "fsdp2": Engine(fsdp2),
+    "zero3": Engine(zero3),
+    "zero3_offload": Engine(zero3_offload, least=1),
 }
 
 
@@ -230,8 +229,6 @@ def fewest(model: str, kind: Kind, engine: Engine, *, reference_copy: bool) -> t
 
 
 def cell(model: str, kind: Kind, engine: Engine, *, reference_copy: bool) -> str:
-    if reference_copy and not engine.copies:
-        return "refused"
     found = fewest(model, kind, engine, reference_copy=reference_copy)
     return "-" if found is None else f"{found[0]} x {found[1] / 1e9:.0f}"
 

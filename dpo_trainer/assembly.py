@@ -15,6 +15,7 @@ from .config import DPOConfig
 from .layout import Layout
 from .loading import (
     apply_peft,
+    compute_as_in_training,
     continue_adapter,
     disable_dropout,
     let_gradients_through,
@@ -23,7 +24,8 @@ from .loading import (
 )
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
-from .reference import CachedReference, FrozenModel, Reference, cached, choose_reference
+from .reference import DisabledAdapter, FrozenModel, NamedAdapter, OnCopy, Reference, cached, choose_reference
+from .sharding import cuts_weights
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +101,8 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
         disable_dropout(model, lora=args.disable_lora_dropout)
         if ref_model is not None:
             disable_dropout(ref_model, lora=True)
+    if ref_model is not None:
+        compute_as_in_training(ref_model)
 
     objective.router_weight = router_loss_weight(base_model(model), args.router_aux_loss_coef)
     if objective.router_weight and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -119,6 +123,7 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
         reason="the noise of --neftune_noise_alpha depends on the length of a row"
         if args.neftune_noise_alpha
         else None,
+        counted=None if args.max_tokens_per_micro_batch is None else "--max_tokens_per_micro_batch",
     )
     return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
 
@@ -135,6 +140,7 @@ def _reference(
     if args.precompute_ref_log_probs and not objective.needs_reference:
         why = "--reference_free asks for none" if args.reference_free else "none of the losses in --loss_type has one"
         raise ValueError(f"--precompute_ref_log_probs is about a reference, but {why}: leave it off.")
+    cut = cuts_weights(args)
     reference = choose_reference(
         model,
         ref_model,
@@ -145,10 +151,12 @@ def _reference(
         ref_adapter_name=args.ref_adapter_name,
         separate_adapter=args.use_separate_reference_adapter,
         moving=args.sync_ref_model,
-        copy_policy=not args.precompute_ref_log_probs,
+        copy_policy=cut or not args.precompute_ref_log_probs,
     )
     if not args.precompute_ref_log_probs:
         return reference
+    if cut and isinstance(reference, DisabledAdapter | NamedAdapter):
+        reference = OnCopy(reference, model)
     return cached(
         reference,
         model,
@@ -204,28 +212,3 @@ def _activate_adapter(model: Any, name: str) -> None:
         has = f"which has {', '.join(adapters)}" if adapters else "which has none: pass a PeftModel or a peft_config"
         raise ValueError(f"--model_adapter_name {name!r} is not an adapter of the model, {has}.")
     model.set_adapter(name)
-
-
-def place_reference(reference: Reference, accelerator: Any) -> None:
-    """A reference model of its own goes where the policy is, under the same mixed precision, never wrapped for training.
-
-    Raises:
-        ValueError: under FSDP and ZeRO-3, which would have to shard it.
-    """
-    zero = accelerator.state.deepspeed_plugin
-    sharded = accelerator.distributed_type == "FSDP" or (zero is not None and zero.zero_stage == 3)
-    if sharded and isinstance(reference, CachedReference):
-        raise ValueError(
-            "--precompute_ref_log_probs needs the whole model in each process before training, and FSDP and ZeRO-3 shard it: "
-            "use DDP, ZeRO-1 or ZeRO-2, or leave it off."
-        )
-    for _, model in reference.own:
-        if sharded:
-            raise ValueError(
-                "A reference model of its own cannot be sharded by FSDP or ZeRO-3 in this version. Train an adapter "
-                "(peft_config: the reference is then the same sharded model with its adapter off), pick a loss without a "
-                "reference, or use DDP, ZeRO-1 or ZeRO-2."
-            )
-        accelerator.prepare_model(model.to(accelerator.device), evaluation_mode=True)
-        # evaluate() before train() prepares the policy only while accelerate knows of no model yet.
-        accelerator._models.remove(model)

@@ -234,12 +234,29 @@ class PairBatch:
         )
 
 
+MICRO_BATCHES = "micro_batches"
+"""Key of the parts of a batch that a collator cut."""
+
+
+def micro_batches(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of what a collator returned, each with the inputs of a forward: one, where it was not cut."""
+    return inputs.get(MICRO_BATCHES) or [inputs]
+
+
 def pair_weight(inputs: Mapping[str, Any]) -> Tensor:
     """[N] weight of each pair of a collated batch, ours or one of another library: chosen rows, then rejected rows."""
     if "weight" in inputs:
         return inputs["weight"]
     rows = inputs["input_ids"]
     return torch.ones(len(rows) // 2, device=rows.device)
+
+
+def pair_row(inputs: Mapping[str, Any]) -> Tensor:
+    """[N] row of the device batch that each pair belongs to. Collators of other libraries do not say, and have one pair a row."""
+    if "row" in inputs:
+        return inputs["row"]
+    weight = pair_weight(inputs)
+    return torch.arange(len(weight), device=weight.device)
 
 
 def widest_float(device: torch.device) -> torch.dtype:

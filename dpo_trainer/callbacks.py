@@ -86,12 +86,7 @@ class MoveReference(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse a run in which the reference could not move, or not before the last step is over."""
-        if self.trainer.is_fsdp_enabled or _is_zero3(self.trainer):
-            raise ValueError(
-                "--sync_ref_model mixes whole weights, and FSDP and ZeRO-3 leave each process with a part of them: use DDP, "
-                "ZeRO-1 or ZeRO-2, or leave --sync_ref_model off."
-            )
+        """Refuse a run in which the reference could not move before the last step is over."""
         steps, epochs = args.ref_model_sync_steps, args.ref_model_sync_epochs
         if epochs is not None and not has_length(train_dataloader):
             raise ValueError(
@@ -118,8 +113,3 @@ class MoveReference(TrainerCallback):
         if due:
             alpha: float = args.ref_model_mixup_alpha  # type: ignore[assignment]  # filled in by now
             self.trainer.reference.move(self.trainer.model_wrapped, alpha)
-
-
-def _is_zero3(trainer: DPOTrainer) -> bool:
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    return plugin is not None and plugin.zero_stage == 3

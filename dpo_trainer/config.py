@@ -12,7 +12,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from . import config_checks as checks
+from .engine_checks import check_engine_files, check_launcher
 from .losses import check_loss_arguments, load_loss_module
+from .optimizer_checks import check_optimizer
 
 
 def choices(*allowed: str, help: str) -> dict[str, Any]:
@@ -268,6 +270,13 @@ class DPOConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Pad the rows of a batch to a multiple of this many tokens."}
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of one forward pass (flat: of the row; padded: rows times the longest). A batch with more is "
+            "computed in parts, with the same gradients. None: whole."
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Switch off all dropout of policy and reference, attention dropout too; LoRA's stays."},
@@ -362,9 +371,13 @@ class DPOConfig(TrainingArguments):
         checks.check_moving_reference(self)
         checks.check_nonfinite(self)
         checks.check_cache(self)
+        check_engine_files(self)
+        check_optimizer(self)
         checks.resolve_moving_reference(self)
         checks.resolve_checkpointing(self)
         checks.resolve_precision(self)
         super().__post_init__()
         checks.check_against_trainer(self)
+        check_launcher(self)
+        checks.check_micro_batches(self)
         checks.resolve_dispatch(self)

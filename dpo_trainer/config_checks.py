@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.trainer_utils import has_length
+from transformers.utils import is_liger_kernel_available
 
 from .registry import did_you_mean
 
@@ -24,6 +26,7 @@ LEAST = {
     "ref_model_sync_steps": 1,
     "ref_model_sync_epochs": 1,
     "precompute_ref_max_tokens": 1,
+    "max_tokens_per_micro_batch": 1,
 }
 
 
@@ -153,6 +156,8 @@ def check_against_trainer(config: DPOConfig) -> None:
     for name in ("activation_offloading", "use_liger_kernel"):
         if getattr(config, name) and not on_gpu:
             raise ValueError(f"--{name} needs a GPU, and this run is on {config.device.type}: leave it off.")
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("--use_liger_kernel needs liger-kernel: `pip install liger-kernel`, or leave it off.")
     if config.n_gpu > 1:
         raise ValueError(
             f"{config.n_gpu} GPUs are visible to one process, which would split the flat row between them: start with "
@@ -182,6 +187,23 @@ def check_against_trainer(config: DPOConfig) -> None:
                 f"--accelerator_config {name}=True cuts every tensor of a batch to one length, and scored tokens "
                 "with it: leave it off, so that every process reads its own batches."
             )
+
+
+def check_micro_batches(config: DPOConfig) -> None:
+    if config.max_tokens_per_micro_batch is not None and "inputs" in config.include_for_metrics:
+        raise ValueError(
+            f"--max_tokens_per_micro_batch {config.max_tokens_per_micro_batch} computes a batch in parts, which have no one "
+            "input to hand to metrics: leave it out, or 'inputs' out of --include_for_metrics."
+        )
+
+
+def check_sampling(config: DPOConfig, train_dataset: Any) -> None:
+    """Once the data is there: transformers would say in its log that it ignores this."""
+    if config.train_sampling_strategy in ("group_by_length", "batch_rebalance") and not has_length(train_dataset):
+        raise ValueError(
+            f"--train_sampling_strategy {config.train_sampling_strategy} orders rows by their length, and nobody knows those of a "
+            "stream before they are read: leave it out, or load the data without --streaming."
+        )
 
 
 def resolve_dispatch(config: DPOConfig) -> None:

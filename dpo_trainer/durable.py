@@ -37,6 +37,7 @@ from .data.sampling import BalancedSampler
 from .failures import StepWatch
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
+from .sharding import own_part
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +116,7 @@ class DurableTrainer(Trainer):
         args = self.args
         return {
             "optimizer": str(getattr(args.optim, "value", args.optim)),
+            "engine": {"--num_processes": args.world_size} if self.is_deepspeed_enabled else None,
             "order": {
                 "--data_seed (without it --seed)": self.order_seed,
                 "--per_device_train_batch_size x --gradient_accumulation_steps x processes": args.train_batch_size
@@ -170,7 +172,7 @@ class DurableTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler (float16) meets overflow by itself, and is expected to.
-        self.watch.gradient_norm = None if self.accelerator.scaler is not None else norm
+        self.watch.gradient_norm = None if self.accelerator.scaler is not None else own_part(norm)
         return norm
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:

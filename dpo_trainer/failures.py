@@ -80,9 +80,10 @@ class MemoryAdvice:
     second_model: bool
     adapter: bool
     finds_batch_size: bool
+    splits: bool = False  # its losses allow that a batch is computed in parts
 
     @classmethod
-    def of(cls, args: Any, *, second_model: bool, adapter: bool) -> MemoryAdvice:
+    def of(cls, args: Any, *, second_model: bool, adapter: bool, splits: bool) -> MemoryAdvice:
         """`args`: a `DPOConfig`."""
         return cls(
             batch_size=args.per_device_train_batch_size,
@@ -90,10 +91,14 @@ class MemoryAdvice:
             second_model=second_model,
             adapter=adapter,
             finds_batch_size=args.auto_find_batch_size,
+            splits=splits,
         )
 
-    def ways_out(self) -> list[str]:
+    def ways_out(self, fewer_tokens: int | None = None) -> list[str]:
+        """`fewer_tokens`: a budget that would split the batch; None where it cannot be split."""
         ways = []
+        if self.splits and fewer_tokens is not None:
+            ways.append(f"--max_tokens_per_micro_batch {fewer_tokens} (the same gradients)")
         if self.batch_size > 1:
             smaller = math.ceil(self.batch_size / 2)
             ways.append(
@@ -115,8 +120,16 @@ def out_of_memory_message(batch: PairBatch, advice: MemoryAdvice, cause: str) ->
     tokens, example_id = largest_row(batch)
     return (
         f"{cause} The batch has {len(batch.chosen)} pairs and {batch.num_tokens:,} tokens; its largest row (example_id "
-        f"{example_id}) has {tokens:,}. What helps: {'; '.join(advice.ways_out())}."
+        f"{example_id}) has {tokens:,}. What helps: {'; '.join(advice.ways_out(_fewer_tokens(batch, tokens)))}."
     )
+
+
+def _fewer_tokens(batch: PairBatch, largest_row: int) -> int | None:
+    """Half the batch, but no less than its largest row; None where that is all of it."""
+    least = largest_row if batch.is_flat else 2 * largest_row
+    computed = batch.input_ids.numel()
+    fewer = max(math.ceil(computed / 2), least)
+    return fewer if fewer < computed else None
 
 
 def largest_row(batch: PairBatch) -> tuple[int, int]:

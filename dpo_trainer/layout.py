@@ -45,6 +45,7 @@ class Layout:
         scored: (scorer, model) of the policy, and of a reference that is a model of its own.
         autocast: the dtype of mixed precision, None without it.
         reason: a reason against flat that lies in the run's options rather than in a model.
+        counted: the option that counts tokens of the layout, which then cannot change when batches are cut already.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Layout:
         *,
         autocast: torch.dtype | None = None,
         reason: str | None = None,
+        counted: str | None = None,
     ):
         self.requested = requested
         self.pad_token_id = pad_token_id
         self.autocast = autocast
-        self.scored = list(scored)
+        self.counted = counted
+        (self.scorer, _), *self.references = scored
         self.settled = False
         reasons = [reason, *(reason_for_padding(*own) for own in scored)]
         reason = next((r for r in reasons if r), None)
@@ -80,12 +83,16 @@ class Layout:
         Loader workers go on collating as they began: what comes flat after a fall back to padded is taken apart here.
         """
         if not self.settled:
-            (scorer, _), *references = self.scored
-            self.verify(scorer, policy, batch)
-            for own_scorer, own_model in references:
-                self.verify(own_scorer, own_model, batch)
-            self.settled, self.scored = True, []  # a reference model may be let go before training
+            self.settle_references(batch)
+            self.verify(self.scorer, policy, batch)
+            self.settled = True
         return as_padded(batch, self.pad_token_id) if self.name == "padded" else batch
+
+    def settle_references(self, batch: PairBatch) -> None:
+        """Ahead of the policy, where there is nothing of it yet to compute with."""
+        references, self.references = self.references, []  # they may be let go before training
+        for scorer, model in references:
+            self.verify(scorer, model, batch)
 
     def verify(self, scorer: Scorer, model: nn.Module, batch: PairBatch) -> None:
         """Settle the layout, and how `scorer` reads log-probs, by comparing on two short rows made of `batch`."""
@@ -129,6 +136,11 @@ class Layout:
             raise ValueError(
                 f"--layout flat does not work with {model_name}: {problems[0]}, against plain padded rows. "
                 "Use --layout auto or padded."
+            )
+        if self.counted and layout != self.name:
+            raise ValueError(
+                f"{model_name} needs padded rows ({problems[0]}, against plain padded rows), and {self.counted} was counted in "
+                "flat ones: start again with --layout padded."
             )
         memory = "" if through_head else ", with all logits of a batch in memory"
         logger.warning(

@@ -117,7 +117,7 @@ def _score_in_head(
 
     def score(head: Head, hidden: Tensor) -> Tensor:
         scored.update(score_chunks(head, _states(hidden, batch), batch.target_ids, stats))
-        return scored["logps"][None]
+        return scored["logps"][None].clone()  # FSDP2 wants no view
 
     with scoring_head(base_model(model), score):
         outputs = model(**_model_inputs(batch), **more)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,12 +15,11 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from .assembly import place_reference
 from .batch import PairBatch, TokenizedPair
 from .data.collate import inputs_of, read_row
 from .data.content import completion_keys
+from .data.packs import packs
 from .layout import Layout
-from .logprobs import base_model
 from .reference import CachedReference, Record
 
 WINDOW = 4096  # rows that are sorted by length at a time, and looked up in the cache together
@@ -52,6 +52,8 @@ class Precompute:
 
     Args:
         max_tokens: of one forward pass; None for `TOKENS` of the device. A row that is longer goes by itself.
+        in_step: whether every rank must make as many forward passes as the others, for an engine cuts the weights.
+        place: puts a reference that was made again where it belongs.
     """
 
     reference: CachedReference
@@ -60,12 +62,15 @@ class Precompute:
     accelerator: Accelerator
     max_tokens: int | None
     disable_tqdm: bool
+    in_step: bool
+    place: Callable[[], None]
 
     def __call__(self, policy: nn.Module, dataset: Iterable[dict[str, Any]], name: str, limit: int | None) -> Filled:
         """Every completion of the first `limit` rows (None: of all) is in the cache afterwards. All ranks must call."""
         began = time.perf_counter()
         gone = self.reference.source is None
-        with self.accelerator.autocast():  # before training, nothing has wrapped the model in it
+        # Before training, nothing has wrapped the model in autocast; engines that cut weights compute without.
+        with nullcontext() if self.in_step else self.accelerator.autocast():
             self._settle_layout(policy, dataset)
             counts = torch.zeros(3, dtype=torch.int64)
             for share, shares in self._shares():
@@ -90,8 +95,10 @@ class Precompute:
         if self.layout.settled:
             return
         rows = [read_row(row, place) for place, row in enumerate(itertools.islice(dataset, 2))]
-        if rows:
-            self.layout.settle(policy, self._batch(policy, rows))
+        if rows and self.in_step:  # the policy is not cut yet, and perhaps too large for this device
+            self.layout.settle_references(self._batch(rows))
+        elif rows:
+            self.layout.settle(policy, self._batch(rows))
 
     def _fill(
         self,
@@ -115,20 +122,34 @@ class Precompute:
                 mine = [read_row(row, at) for at, row in enumerate(window, start=place) if at % shares == share]
                 missing = self._missing(mine)
                 counts[0] += sum(len(row.completions) for row in mine) - sum(len(r.completions) for r in missing)
-                if missing and self.reference.source is None:
-                    self.reference.revive()
-                    place_reference(self.reference, self.accelerator)
-                for pack in packs(
-                    missing, self.max_tokens or self._tokens_of_device(), padded=self.layout.name == "padded"
-                ):
-                    batch = self._batch(policy, pack)
-                    write(self.reference.compute(policy, batch))
+                for pack, wanted in self._turns(missing, spare=read_row(window[0], place)):
+                    batch = self._batch(pack)
+                    records = self.reference.compute(policy, batch)
+                    if not wanted:
+                        continue
+                    write(records)
                     counts[1] += len(batch.lengths)
                     counts[2] += batch.num_tokens
                     bar.update(len(pack) * shares)
                 place += len(window)
                 bar.update(place - bar.n)
         return counts
+
+    def _turns(
+        self, missing: Sequence[TokenizedPair], spare: TokenizedPair
+    ) -> Iterator[tuple[list[TokenizedPair], bool]]:
+        """Packs of what is missing, with True; then `spare`, with False, as long as ranks in step have more to do."""
+        most = self.max_tokens or self._tokens_of_device()
+        packed = list(packs(missing, most, padded=self.layout.name == "padded"))
+        turns = self._most_of_all_ranks(len(packed)) if self.in_step else len(packed)
+        if turns and self.reference.source is None:
+            self.reference.revive()
+            self.place()
+        yield from ((pack, True) for pack in packed)
+        yield from (([spare], False) for _ in range(turns - len(packed)))
+
+    def _most_of_all_ranks(self, number: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def _tokens_of_device(self) -> int:
         return TOKENS.get(self.accelerator.device.type, TOKENS["others"])
@@ -140,32 +161,9 @@ class Precompute:
         wanted = [(row, own) for row, own in zip(rows, keys, strict=True) if any([next(lacks) for _ in own])]
         return list({tuple(own): row for row, own in wanted}.values())
 
-    def _batch(self, policy: nn.Module, rows: Sequence[TokenizedPair]) -> PairBatch:
+    def _batch(self, rows: Sequence[TokenizedPair]) -> PairBatch:
         inputs = inputs_of(rows, self.layout.name, self.pad_token_id, keyed=True)
-        return PairBatch.from_inputs(inputs, base_model(policy).device)
-
-
-def packs(rows: Sequence[TokenizedPair], max_tokens: int, *, padded: bool) -> Iterator[list[TokenizedPair]]:
-    """Rows of like length together, the longest first (what does not fit into memory shows at once), each pack within
-    `max_tokens`, padding included."""
-    size = _padded_size if padded else _flat_size
-    pack: list[TokenizedPair] = []
-    for row in sorted(rows, key=lambda row: size([row]), reverse=True):
-        if pack and size([*pack, row]) > max_tokens:
-            yield pack
-            pack = []
-        pack.append(row)
-    if pack:
-        yield pack
-
-
-def _flat_size(rows: Sequence[TokenizedPair]) -> int:
-    return sum(len(row.prompt_ids) + sum(map(len, row.completions)) for row in rows)
-
-
-def _padded_size(rows: Sequence[TokenizedPair]) -> int:
-    longest = max(len(row.prompt_ids) + max(map(len, row.completions)) for row in rows)
-    return longest * sum(len(row.completions) for row in rows)
+        return PairBatch.from_inputs(inputs, self.accelerator.device)
 
 
 def _length(dataset: Any) -> int | None:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from .config import DPOConfig
 from .data import DataOptions, DataReport, Needs, prepare_mixture, report_table, write_reports
+from .data.content import dataset_digest
 
 logger = logging.get_logger(__name__)
 
@@ -31,10 +33,14 @@ class RunData:
     def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> Rows:
         """Rows of any form -> token ids, counted. A list of datasets is one mixture."""
         parts = dataset if isinstance(dataset, list | tuple) else [dataset]
+        if self.args.world_size > 1:
+            refuse_split_streams(parts, name)
         with self.args.main_process_first(desc=f"preparing the {name} data"):
             prepared, reports = prepare_mixture(
                 parts, self.tokenizer, DataOptions.from_config(self.args), name=name, needs=self.needs
             )
+        if self.args.world_size > 1:
+            refuse_different_tables(prepared, name)
         self.reports.update(reports)
         return prepared
 
@@ -59,3 +65,27 @@ class RunData:
         for report in self.reports.values():
             if report.streaming:
                 report.clear()
+
+
+WHOLE = (
+    "Give every process the whole dataset, without split_dataset_by_node or shard: here each takes its own share of it, and "
+    "of a share it would take a share again."
+)
+
+
+def refuse_split_streams(parts: Sequence[Rows], name: str) -> None:
+    """ValueError for a stream of which this process has only its share: most of its rows would never be read."""
+    # A private attribute: `datasets` tells in no other way. It stays through map, filter, shuffle, and in mixtures.
+    if any(getattr(part, "_distributed", None) is not None for part in parts):
+        raise ValueError(f"The {name} data were split between the processes by split_dataset_by_node. {WHOLE}")
+
+
+def refuse_different_tables(table: Rows, name: str) -> None:
+    """ValueError, on all processes, if they do not hold the same rows: some would be lost, or one process would wait for
+    the others for ever. All must call. A stream is not read."""
+    if not isinstance(table, Dataset):
+        return
+    held = gather_object([(dataset_digest(table), len(table))])
+    if len(set(held)) > 1:
+        counts = ", ".join(str(rows) for _, rows in held)
+        raise ValueError(f"The processes hold different {name} data ({counts} rows, by process). {WHOLE}")

@@ -12,6 +12,7 @@ from torch import nn
 
 from .logprobs import base_model
 from .reference import Identity, Reference, WeightsElsewhere, identify
+from .sharding import class_of, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +24,14 @@ def model_identity(model: nn.Module, reference: Reference, precision: str) -> di
 
     Reads every weight once that training does not change.
     """
-    trained = sorted((name, list(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    trained = sorted((name, list(shape_of(p))) for name, p in model.named_parameters() if p.requires_grad)
     of_reference = _digest(lambda: reference.identity(model, precision))
     below = None
     if isinstance(model, PeftModel) and not reference.lasting:  # otherwise the base is in the reference
         below = _digest(lambda: identify(model, precision=precision))
     return {
         "model": [
-            type(base_model(model)).__name__,
+            class_of(base_model(model)).__name__,
             hashlib.blake2b(repr(trained).encode(), digest_size=16).hexdigest(),
         ],
         "adapter": _adapter_settings(model) if isinstance(model, PeftModel) else None,

@@ -24,11 +24,12 @@ WORDS = {
     "reference": "the reference model",
     "adapter": "the settings of the adapter",
     "optimizer": "the optimizer (--optim)",
+    "engine": "the processes of DeepSpeed, each of which keeps a part of the optimizer",
     "order": "the rows of a step",
 }
 """What makes two runs the same, as a message names it."""
 
-NEVER = {"model", "optimizer"}
+NEVER = {"model", "optimizer", "engine"}
 """Differences that --force_resume cannot bridge: the weights, or the moments of the optimizer, would not fit."""
 
 

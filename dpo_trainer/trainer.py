@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply
+from accelerate.utils import recursively_apply, send_to_device
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .assembly import Given, assemble, place_reference
-from .batch import PairBatch, pair_weight
+from .assembly import Given, assemble
+from .batch import PairBatch, micro_batches, pair_weight
 from .callbacks import MoveReference
 from .config import DPOConfig
+from .config_checks import check_sampling
 from .data import (
     FEATURES,
     DataCollatorForPreference,
@@ -35,18 +36,30 @@ from .data import (
     check_tokenizer,
 )
 from .data.content import dataset_digest
+from .data.packs import check_rows_fit
 from .durable import DurableTrainer
+from .engine_checks import check_engine, check_placement
 from .failures import MemoryAdvice, out_of_memory_message
-from .fillers import unweigh_fillers
+from .fillers import refuse_empty_rounds, unweigh_fillers
 from .loading import load_tokenizer, weights_beside_adapter
 from .logprobs import base_model
 from .losses import Objective
 from .metrics import FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
+from .micro_batches import (
+    check_splits,
+    even_parts,
+    in_row_order,
+    joined,
+    keeps_ranks_in_step,
+    step_through,
+    weighted_mean,
+)
 from .model_card import write_model_card
 from .precompute import Filled, Precompute
-from .reference import CachedReference
+from .reference import CachedReference, Reference
 from .run_data import Rows, RunData
 from .run_identity import model_identity
+from .sharding import cuts_weights, evaluation, keep_outputs_exact, kept, prepare_frozen, whole
 
 logger = logging.get_logger(__name__)
 
@@ -110,6 +123,9 @@ class DPOTrainer(DurableTrainer):
         )
         self.model_init = model_init
         start = self.given.policy(model if model is not None else super().call_model_init())
+        for given in (start, ref_model):
+            if isinstance(given, nn.Module):
+                check_placement(given, args)
         if processing_class is None:
             named = model if isinstance(model, str) else base_model(start).config._name_or_path
             processing_class = load_tokenizer(named, trust_remote_code=args.trust_remote_code)
@@ -121,9 +137,11 @@ class DPOTrainer(DurableTrainer):
         self.data_reports = self.data.reports
         if train_dataset is not None:
             train_dataset = self.data.prepare(train_dataset, "train")
+            check_sampling(args, train_dataset)
         if eval_dataset is not None:
             eval_dataset = self.data.prepare_evaluation(eval_dataset)
         self.data.report()
+        self._check_budget(train_dataset, eval_dataset)
         data_collator = self._collator(data_collator)
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
@@ -141,21 +159,33 @@ class DPOTrainer(DurableTrainer):
             callbacks=[*([MoveReference(self)] if args.sync_ref_model else []), *(callbacks or [])],
             optimizers=optimizers,
         )
+        check_engine(self.accelerator)
         self.model_init = model_init
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        self.in_step = keeps_ranks_in_step(args, cuts_weights=cuts_weights(args))
         self.activations = partial(save_on_cpu, pin_memory=True) if args.activation_offloading else nullcontext
         self._start_counting()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
-        place_reference(self.reference, self.accelerator)
+        keep_outputs_exact(self.accelerator)
+        self._place_reference()
 
     # --- the parts, built once ---
+
+    def use_reference(self, reference: Reference) -> None:
+        """Another reference than the options make, before training. Its models are placed, and checked on the first batch."""
+        self.reference, self.layout.references = reference, list(reference.own)
+        self._place_reference()
+
+    def _place_reference(self) -> None:
+        self.reference.place(lambda model: prepare_frozen(model, self.accelerator, self.args))
 
     def _assemble(self, model: nn.Module) -> nn.Module:
         self.objective = Objective.from_config(self.args)
         parts = assemble(model, self.given, self.objective, self.pad_token_id)
         self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
+        check_splits(self.args, self.objective)
         self._models: dict[str, Any] = {}
         return parts.model
 
@@ -173,22 +203,38 @@ class DPOTrainer(DurableTrainer):
         """Each trial of a hyperparameter search has a new model, and perhaps other options: all parts are made anew."""
         model: Any = self._assemble(super().call_model_init(trial))
         self.model = model.to(self.args.device)
-        place_reference(self.reference, self.accelerator)
+        self._place_reference()
         self._start_counting()
         self.know_run()
         return self.model
 
     def _collator(self, given: Callable | None) -> Callable:
-        keyed = self.reference.keyed
+        keyed, budget = self.reference.keyed, self.args.max_tokens_per_micro_batch
         if given is None:
             multiple = self.args.pad_to_multiple_of
-            return DataCollatorForPreference(self.pad_token_id, self.layout.name, multiple, keyed=keyed)
+            return DataCollatorForPreference(
+                self.pad_token_id, self.layout.name, multiple, keyed=keyed, max_tokens=budget
+            )
+        if getattr(given, "max_tokens", None) != budget:
+            raise ValueError(
+                f"--max_tokens_per_micro_batch is {budget}, and the data_collator, which splits batches, has max_tokens "
+                f"{getattr(given, 'max_tokens', None)}: use DataCollatorForPreference(..., max_tokens={budget}) or a subclass "
+                "of it, or set the option to what yours has."
+            )
         if keyed and not getattr(given, "keyed", False):
             raise ValueError(
                 "--precompute_ref_log_probs looks log-probs up by the content of completions, which the data_collator does not "
                 "tell: use DataCollatorForPreference(..., keyed=True) or a subclass of it, or leave the option off."
             )
         return given
+
+    def _check_budget(self, train: Rows | None, evaluation: Rows | dict[str, Rows] | None) -> None:
+        """Refuse rows that are above it by themselves. Of a stream the collator does."""
+        budget, padded = self.args.max_tokens_per_micro_batch, self.layout.name == "padded"
+        named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        for name, rows in {"train": train, **named}.items():
+            if budget is not None and isinstance(rows, Dataset):
+                check_rows_fit(rows, name, budget, padded=padded, multiple=self.args.pad_to_multiple_of)
 
     def _needs(self, model: nn.Module) -> Needs:
         return Needs(
@@ -226,27 +272,52 @@ class DPOTrainer(DurableTrainer):
         if isinstance(dataset, IterableDataset):
             every_rank = batch_size * self.accelerator.num_processes
             dataset = RepeatedStream(dataset) if is_training else FilledStream(dataset, every_rank)
+        elif self.args.dataloader_drop_last:
+            refuse_empty_rounds(len(dataset), batch_size, self.accelerator)
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
         if batch_samples:
-            last, drop_last = batch_samples[-1], self.args.dataloader_drop_last
-            unweigh_fillers(last, self.accelerator, rows_per_rank=self._train_batch_size, drop_last=drop_last)
-        return self.sum_over_ranks(
-            sum((pair_weight(batch).sum() for batch in batch_samples), torch.zeros((), device=device))
-        )
+            self._unweigh_fillers(batch_samples[-1], self._train_batch_size)
+        parts = [part for batch in batch_samples for part in micro_batches(batch)]
+        weight = sum((pair_weight(part).sum() for part in parts), torch.zeros((), device=device))
+        return even_parts(batch_samples, weight, self.accelerator) if self.in_step else self.sum_over_ranks(weight)
+
+    def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
+        """[N] of each part, see `unweigh_fillers`."""
+        how: Any = {"rows_per_rank": rows_per_rank, "drop_last": self.args.dataloader_drop_last}
+        return [unweigh_fillers(part, self.accelerator, **how) for part in micro_batches(inputs)]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return super().floating_point_ops(joined(inputs))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        super()._track_num_input_tokens(joined(inputs))
 
     # --- the step ---
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Moved to the device, and no more: for DeepSpeed, `Trainer` would round weights and margins to its dtype."""
+        return send_to_device(data, self.args.device)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step = partial(self._step_of_part, model, num_items_in_batch)
+        return step_through(step, inputs, self.accelerator, model)  # micro_batches.py
+
+    def _step_of_part(self, model: nn.Module, num_items_in_batch: Any, inputs: dict[str, Any]) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
         try:
             with self.scorer.step(), self.activations():
                 return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             second_model = bool(self.reference.own) and not self.reference.moving
-            advice = MemoryAdvice.of(self.args, second_model=second_model, adapter=isinstance(self.model, PeftModel))
+            advice = MemoryAdvice.of(
+                self.args,
+                second_model=second_model,
+                adapter=isinstance(self.model, PeftModel),
+                splits=self.objective.separable,
+            )
             message = out_of_memory_message(PairBatch.from_inputs(inputs), advice, str(error))
             raise torch.OutOfMemoryError(message) from error
 
@@ -268,14 +339,18 @@ class DPOTrainer(DurableTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
         """Pairs of fillers are left out here: `evaluation_loop` gathers what is returned, however many a rank has."""
         inputs = self._prepare_inputs(inputs)
-        rows_per_rank, drop_last = self.args.eval_batch_size, self.args.dataloader_drop_last
-        real = unweigh_fillers(inputs, self.accelerator, rows_per_rank=rows_per_rank, drop_last=drop_last)
+        real = self._unweigh_fillers(inputs, self.args.eval_batch_size)
+        own = micro_batches(inputs)[:]  # without what may be added here, to be computed for the other ranks
+        if self.in_step:
+            even_parts([inputs], torch.zeros((), device=self.args.device), self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            scored = [self.compute_loss(model, part, return_outputs=True) for part in micro_batches(inputs)]
+        losses, outputs = zip(*scored[: len(own)], strict=True)
+        loss = weighted_mean(losses, own)
         if prediction_loss_only:
             return loss, None, None
-        outputs = {name: values[real] for name, values in outputs.items()}
-        return loss, outputs, outputs.pop("example_ids")
+        pairs = in_row_order(outputs, own, real)
+        return loss, pairs, pairs.pop("example_ids")
 
     # --- numbers ---
 
@@ -285,7 +360,10 @@ class DPOTrainer(DurableTrainer):
         began = time.perf_counter()
         self.metrics["eval"].clear()
         self.gather_function = self._gather_pairs  # Trainer puts its own back after each loop
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with evaluation(self.model, self.accelerator):
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
         means, _ = self.metrics["eval"].reduce(self.sum_over_ranks, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._logged_at += time.perf_counter() - began  # tokens_per_second is about training
@@ -330,6 +408,8 @@ class DPOTrainer(DurableTrainer):
             accelerator=self.accelerator,
             max_tokens=self.args.precompute_ref_max_tokens,
             disable_tqdm=self.args.disable_tqdm,
+            in_step=cuts_weights(self.args),
+            place=self._place_reference,
         )
         filled = [precompute(self.model, rows, name, self._rows_read(rows, name)) for name, rows in datasets.items()]
         self.data.count_streams_anew()
@@ -375,7 +455,7 @@ class DPOTrainer(DurableTrainer):
             "since_last_log": self.metrics["train"].state_dict(self.sum_over_ranks, self.args.device),
             "objective": self.objective.state_dict(),
         }
-        beside = {f"{BESIDE}{name}": p.detach().cpu() for name, p in weights_beside_adapter(self.model).items()}
+        beside = kept({f"{BESIDE}{name}": p for name, p in weights_beside_adapter(self.model).items()})
         return state, self.reference.state() | beside
 
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -384,9 +464,9 @@ class DPOTrainer(DurableTrainer):
             self.metrics["train"].load_state_dict(state["since_last_log"], self.args.device)
         self.objective.load_state_dict(state["objective"])
         beside = weights_beside_adapter(self.model)
-        with torch.no_grad():
-            for name, parameter in beside.items():
-                parameter.copy_(tensors.pop(BESIDE + name))
+        for name, parameter in beside.items():
+            with torch.no_grad(), whole(parameter, write=True) as own:
+                own.copy_(tensors.pop(BESIDE + name))
         self.reference.load_state(tensors)
 
     def mark_step(self) -> Any:

@@ -18,10 +18,15 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import set_seed
 
 for launched in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(launched, None)
+
+# How fast examples come says how busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Matrices of 32 columns gain nothing from threads, and sums come out in one order on every machine.
 torch.set_num_threads(1)

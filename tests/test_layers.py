@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dpo_trainer"
 
 # Left to right; what shares a place does not import from each other.
 ORDER: list[set[str]] = [
-    {"registry", "batch"},
+    {"registry", "batch", "sharding"},
     {"data"},
     {"attention", "head"},
     {"logprobs"},
@@ -21,10 +21,10 @@ ORDER: list[set[str]] = [
     {"reference"},
     {"losses"},
     {"metrics"},
-    {"config_checks"},
+    {"config_checks", "engine_checks", "optimizer_checks"},
     {"config"},
     {"loading"},
-    {"checkpoints", "fillers", "run_state", "live_settings", "failures"},
+    {"checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
     {"assembly", "run_identity", "run_data", "model_card", "callbacks"},
     {"durable"},
     {"precompute"},

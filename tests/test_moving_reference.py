@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
 from dpo_trainer.batch import PairBatch
-from dpo_trainer.callbacks import MoveReference
 from dpo_trainer.reference import DisabledAdapter, MovingAdapter, MovingModel, NamedAdapter, moving
 
 LN2 = math.log(2)
@@ -351,15 +349,6 @@ def test_epochs_of_a_stream_of_unknown_length(tmp_path):
     with pytest.raises(ValueError, match=r"--ref_model_sync_epochs 1 counts epochs.*use --ref_model_sync_steps"):
         trainer.train()
     assert moves(moving_trainer(tmp_path, train=stream, max_steps=4, ref_model_sync_steps=2)) == [2, 4]
-
-
-@pytest.mark.parametrize(("fsdp", "zero"), [(True, None), (False, 3)])
-def test_sharded_weights(fsdp, zero, tmp_path):
-    plugin = None if zero is None else SimpleNamespace(zero_stage=zero)
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    trainer = SimpleNamespace(is_fsdp_enabled=fsdp, accelerator=accelerator)
-    with pytest.raises(ValueError, match="FSDP and ZeRO-3 leave each process with a part of them: use DDP"):
-        MoveReference(trainer).on_train_begin(tiny.config(tmp_path), state=None, control=None)
 
 
 # --- checkpoints of it ---

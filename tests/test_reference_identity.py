@@ -571,16 +571,6 @@ def test_meta_device():
         identify(model)
 
 
-def test_partitioned_by_zero_3():
-    model = tiny.llama()
-    weight = model.model.layers[1].mlp.up_proj.weight
-    weight.ds_id, weight.data = 3, torch.empty(0)
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is partitioned by DeepSpeed ZeRO-3.*gather"
-    ):
-        identify(model)
-
-
 @pytest.fixture
 def one_rank():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -588,13 +578,15 @@ def one_rank():
     torch.distributed.destroy_process_group()
 
 
-def test_sharded_by_fsdp2(one_rank):
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_by_fsdp2(one_rank, tied):
+    """The same as whole. With parts on several ranks, and by ZeRO-3: tests/distributed."""
     from torch.distributed.fsdp import fully_shard
 
-    model = tiny.llama()
+    model = tiny.llama(tie_word_embeddings=tied)
+    whole = identify(model)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    with pytest.raises(ValueError, match=r"weight is a DTensor.*its values are not here"):
-        identify(fully_shard(model, mesh=mesh))
+    assert identify(fully_shard(model, mesh=mesh)) == whole
 
 
 def test_wrapped_by_ddp(one_rank):

@@ -159,3 +159,10 @@ def test_deduplicated_rows_are_counted(tmp_path):
     assert trainer.data_reports["train"].first_rows["duplicate"] == [5, 6]
     with pytest.raises(ValueError, match="--deduplicate"):
         tiny.trainer(tmp_path, train=tiny.dataset(3).to_iterable_dataset(), deduplicate=True)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_drop_last_that_leaves_nothing(tmp_path, evaluated):
+    trainer = tiny.trainer(tmp_path, train=tiny.dataset(3 if not evaluated else 8), dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"--dataloader_drop_last leaves none of 3 rows: a batch .* takes 4"):
+        trainer.evaluate(tiny.dataset(3)) if evaluated else trainer.train()

@@ -3,7 +3,7 @@
 row -> Pair            schema.py, columns.py, parts.py, messages.py, conversation.py, ranking.py, implicit.py; tokenized.py
 Pair -> token ids      render.py, encode.py, ends.py, tokenize.py, truncate.py
 whole datasets         mapping.py, prepare.py, stream.py, options.py, needs.py, report.py
-rows -> PairBatch      collate.py, uncollate.py
+rows -> PairBatch      packs.py, collate.py, uncollate.py
 """
 
 from .collate import DataCollatorForPreference

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch import Segments, TokenizedPair
+from ..batch import MICRO_BATCHES, Segments, TokenizedPair
 from .columns import PREPARED, TOKENIZED
 from .content import completion_keys
+from .packs import check_fits, flat_size, packed_places, padded_size, rounded_up
 from .schema import weight_from_row
 from .tokenized import example_id_from_row, ids_from_row
 
@@ -35,17 +36,25 @@ class DataCollatorForPreference:
     a pair belongs to. In the padded layout it has the keys that other libraries use: `input_ids`, `attention_mask`,
     `completion_mask`, with rows of two completions [2N, L], chosen rows first.
 
+    With `max_tokens` it is {"example_ids": those of all pairs, "micro_batches": a list of such dicts}: each within the
+    budget, and their `row` counts in the whole batch.
+
     Args:
         pad_token_id: fills the padded layout (and the tail of a flat row under `pad_to_multiple_of`).
         layout: "flat" or "padded".
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
         keyed: name every completion by its content, for a cache of reference log-probs.
+        max_tokens: of one forward pass (flat: of the row; padded: rows x longest). None: the batch stays whole.
+
+    Raises:
+        ValueError: for a row that has more than `max_tokens` by itself.
     """
 
     pad_token_id: int
     layout: str = "flat"
     pad_to_multiple_of: int | None = None
     keyed: bool = False
+    max_tokens: int | None = None
 
     def __post_init__(self):
         if self.layout not in ("flat", "padded"):
@@ -53,7 +62,24 @@ class DataCollatorForPreference:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         read = [read_row(row, place) for place, row in enumerate(rows)]
-        return inputs_of(read, self.layout, self.pad_token_id, self.pad_to_multiple_of, keyed=self.keyed)
+        return self._inputs(read) if self.max_tokens is None else self._split(read, self.max_tokens)
+
+    def _inputs(self, rows: Sequence[TokenizedPair]) -> dict[str, Any]:
+        return inputs_of(rows, self.layout, self.pad_token_id, self.pad_to_multiple_of, keyed=self.keyed)
+
+    def _split(self, rows: Sequence[TokenizedPair], max_tokens: int) -> dict[str, Any]:
+        """Always in parts, also where one is enough: a run meets one form of a batch."""
+        padded, multiple = self.layout == "padded", self.pad_to_multiple_of
+        size = padded_size if padded else flat_size
+        for row in rows:
+            check_fits(row.example_id, size([row], multiple), max_tokens)
+        parts = []
+        for places in map(sorted, packed_places(rows, max_tokens, padded=padded, multiple=multiple)):
+            part = self._inputs([rows[place] for place in places])
+            parts.append(part | {"row": torch.tensor(places)[part["row"]]})
+        # First, and of all pairs: accelerate and Trainer take the batch size from the first tensor that they find.
+        example_ids = torch.tensor([row.example_id for row in rows for _ in row.pairs], dtype=torch.int64)
+        return {"example_ids": example_ids, MICRO_BATCHES: parts}
 
 
 def inputs_of(
@@ -118,10 +144,6 @@ def scored_places(row: TokenizedPair) -> list[Tensor]:
     return [mask.nonzero().flatten() for mask in scored]
 
 
-def _rounded_up(length: int, multiple: int | None) -> int:
-    return length if multiple is None else -(-length // multiple) * multiple
-
-
 def _per_pair(rows: Sequence[TokenizedPair], order: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
     """What each pair has, [N]. `order` lists (row, completion of it) as the batch numbers its completions."""
     number = {place: c for c, place in enumerate(order)}
@@ -171,7 +193,7 @@ def flat_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int 
             before[0] = start + p - 1  # the end of the prompt that they share
             completions.append(Scored(before[places], torch.tensor(ids)[places]))
     num_tokens = len(tokens)
-    if padding := _rounded_up(num_tokens, multiple) - num_tokens:
+    if padding := rounded_up(num_tokens, multiple) - num_tokens:
         tokens += [pad_token_id] * padding
         positions.append(torch.arange(padding))
         segments.append((padding, 0, 0))
@@ -202,7 +224,7 @@ def padded_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: in
     order, places = padded_order(rows), [scored_places(row) for row in rows]
     texts = [(rows[i].prompt_ids, rows[i].completions[number]) for i, number in order]
     used = [len(prompt) + len(ids) for prompt, ids in texts]
-    width = _rounded_up(max(used), multiple)
+    width = rounded_up(max(used), multiple)
     input_ids = torch.full((len(used), width), pad_token_id)
     attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     completions = []

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 PATIENCE = 1000
 """A stream whose first rows are all useless is refused after this many: it would be read to its end for nothing."""
 
+FILLER_ID = -(2**63)
+"""The `example_id` of a row that only fills a batch. Rows of a stream are named by a hash, which is never negative."""
+
 
 def prepare_stream(
     dataset: IterableDataset, mapper: PairMapper, options: DataOptions, needs: Needs
@@ -112,15 +115,18 @@ class FilledStream(torch.utils.data.IterableDataset):
         for row in self.stream:
             count += 1
             yield row
+        if not count:
+            refuse_empty_stream()
         for _ in range(-count % self.rows_of_all_ranks):
-            yield {**row, "weight": 0.0}
+            yield {**row, "example_id": FILLER_ID, "weight": 0.0}
 
 
 class RepeatedStream(torch.utils.data.IterableDataset):
     """A prepared stream to train on, pass after pass, as one long one.
 
     A pass that ends inside an optimizer step is followed by the next one in the same step, and a resumed run finds its
-    place by counting rows, in whichever pass it lies. A stream that comes back empty has ended.
+    place by counting rows, in whichever pass it lies. A stream without a row is refused; one that comes back empty in a
+    later pass, as a generator that can be read only once, has ended.
     """
 
     def __init__(self, stream: IterableDataset):
@@ -133,5 +139,18 @@ class RepeatedStream(torch.utils.data.IterableDataset):
             for row in self.stream:
                 empty = False
                 yield row
+            if empty and not number:
+                refuse_empty_stream()
             if empty:
                 return
+
+
+def refuse_empty_stream() -> None:
+    """ValueError, for a run that has nothing to read would end at once as if all were well. One of several data loader
+    workers may well have no rows: the others have them."""
+    worker = torch.utils.data.get_worker_info()
+    if worker is None or worker.num_workers == 1:
+        raise ValueError(
+            "A stream has no row left: it is empty, or all of its rows were dropped (data_report.json in the output "
+            "folder counts why). Check its files, or raise --max_length where rows are too long."
+        )

@@ -1,6 +1,12 @@
 """What exists before the trainer does: model, tokenizer, adapters, quantisation, datasets; and dropout switched off."""
 
-from .adapters import apply_peft, let_gradients_through, make_quantization_config, weights_beside_adapter
+from .adapters import (
+    apply_peft,
+    compute_as_in_training,
+    let_gradients_through,
+    make_quantization_config,
+    weights_beside_adapter,
+)
 from .continued_adapter import continue_adapter
 from .datasets import load_dataset_splits
 from .dropout import disable_dropout
@@ -9,6 +15,7 @@ from .models import load_model, load_tokenizer
 
 __all__ = [
     "apply_peft",
+    "compute_as_in_training",
     "continue_adapter",
     "disable_dropout",
     "let_gradients_through",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import (
@@ -91,21 +91,33 @@ def prepare_base(model: PreTrainedModel, *, quantized: bool, gradient_checkpoint
 
 def let_gradients_through(model: PreTrainedModel, *, gradient_checkpointing: bool) -> None:
     """What a base needs also when somebody else put the adapter on it."""
-    _keep_out_of_inference_format(model)
+    compute_as_in_training(model)
     if gradient_checkpointing:
         model.enable_input_require_grads()
 
 
-def _keep_out_of_inference_format(model: PreTrainedModel) -> None:
-    """Stop 4-bit layers from being repacked on CPUs with AVX512-BF16.
+def compute_as_in_training(model: torch.nn.Module) -> None:
+    """Keep quantised layers from other arithmetic in eval mode than in train mode, in place and for good.
 
-    There bitsandbytes (0.50) packs a layer for its inference kernel at the first pass in eval mode, for good: its numbers
-    then differ from those in training by about 1e-3 nats, and the kernel has no backward, so that after one evaluation
-    no gradient passes the layer any more, without an error.
+    bitsandbytes (0.50) has two ways through a layer on a CPU. The reference is read in eval mode and the policy trains in
+    train mode: they would be two models, and the first loss not ln 2.
     """
+    module: Any
     for module in model.modules():
+        # 4 bits, on CPUs with AVX512-BF16: the first pass in eval mode packs the layer for an inference kernel, for good. Its
+        # numbers are off by about 1e-3 nats, and it has no backward: after one evaluation no gradient passes, without an error.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+        # 8 bits: the inference kernel rounds what enters the layer to int8 too, the one of training does not.
+        state = getattr(module, "state", None)
+        if hasattr(state, "is_training") and not isinstance(state, _AlwaysTraining):
+            state.__class__ = type("AlwaysTraining", (_AlwaysTraining, type(state)), {})
+
+
+class _AlwaysTraining:
+    """The state of an int8 layer, which sets `is_training` to its mode at each pass and then goes by it."""
+
+    is_training = property(lambda self: True, lambda self, mode: None)
 
 
 def weights_beside_adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

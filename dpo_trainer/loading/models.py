@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..registry import did_you_mean
-from .adapters import prepare_base
+from .adapters import compute_as_in_training, prepare_base
 from .names import fetch, listing, local_folder, where
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
     if folder:
         _check_model_folder(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(where(name_or_path), use_safetensors=True, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(where(name_or_path), use_safetensors=True, **kwargs)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The model {name_or_path!r} did not load (only safetensors are read): {error}") from error
     except TypeError as error:
@@ -133,6 +133,8 @@ def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(f"{name_or_path!r} is not a causal language model. {str(error).splitlines()[0]}") from error
+    compute_as_in_training(model)
+    return model
 
 
 def _check_model_folder(folder: Path) -> None:

@@ -120,8 +120,16 @@ class Objective:
     @property
     def separable(self) -> bool:
         """Whether the mean over a batch is the same however the batch is split."""
-        token_mean = self.has_nll and self.rpo_normalization == "token"
-        return all(term.loss.separable for term in self.terms) and not self._takes("delta") and not token_mean
+        return self.couples is None
+
+    @property
+    def couples(self) -> str | None:
+        """The options that make the loss of a pair depend on the others of its batch; None where nothing does."""
+        coupled = [term.loss for term in self.terms if not term.loss.separable or "delta" in term.loss.arguments]
+        names = [f"--loss_type {loss.name}" for loss in coupled]
+        if self.has_nll and self.rpo_normalization == "token":
+            names.append("--rpo_normalization token")
+        return " with ".join(names) or None
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ from .choose import choose_reference
 from .hashing import WeightsElsewhere
 from .identity import Identity, identify
 from .moving import MovingAdapter, MovingModel
-from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
+from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, OnCopy, Reference, UntrainedPolicy
 
 __all__ = [
     "CachedReference",
@@ -17,6 +17,7 @@ __all__ = [
     "MovingModel",
     "NamedAdapter",
     "NoReference",
+    "OnCopy",
     "Record",
     "Reference",
     "UntrainedPolicy",

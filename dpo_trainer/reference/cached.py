@@ -11,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from ..batch import PairBatch, PairLogps, TokenLogps
+from ..sharding import is_cut
 from .cache import Record, Store, cache_folder, keep_within
 from .identity import Identity
 from .strategies import Reference
@@ -69,12 +70,13 @@ class CachedReference(Reference):
         return _as_logps(records, batch)
 
     def _compute_missing(self, policy: nn.Module, batch: PairBatch) -> list[Record]:
-        if self.source is None:
+        cut = any(map(is_cut, policy.parameters()))  # other ranks lack nothing, and would not answer
+        if self.source is None or cut:
+            why = "an engine has cut the model between ranks" if cut else "the reference is no longer in memory"
             raise ValueError(
-                f"Rows with the example_ids {batch.example_ids.unique().tolist()} have no cached reference log-probs, and the "
-                "reference is no longer in memory: they were not in the data when training began (a stream that comes "
-                "otherwise the second time?), or a file of the cache was damaged since. Start again, or leave "
-                "--precompute_ref_log_probs off."
+                f"Rows with the example_ids {batch.example_ids.unique().tolist()} have no cached reference log-probs, and {why}: "
+                "they were not in the data when training began (a stream that comes otherwise the second time?), or a file of "
+                "the cache was damaged since. Start again, or leave --precompute_ref_log_probs off."
             )
         records = self.compute(policy, batch)
         self.store.put(records)
@@ -94,10 +96,17 @@ class CachedReference(Reference):
         """For each key, whether the store lacks it."""
         return [record is None for record in self.store.get(keys, tokens=self.tokens)]
 
-    def release(self) -> None:
+    def place(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
+        if self.source is not None:
+            self.source.place(prepare)
+            self.own = self.source.own
+
+    def release(self) -> Reference:
         """Let the source go, where it would be a second model in memory, or moves from now on."""
-        if not self.lasting:
-            self.source, self.own = None, []
+        if self.source is not None:
+            self.source = self.source.release()
+            self.own = [] if self.source is None else self.source.own
+        return self
 
     def revive(self) -> None:
         """Make the source again.

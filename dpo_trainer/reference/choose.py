@@ -8,6 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import nn
 
 from ..logprobs import Scorer
+from ..sharding import copy_of
 from .moving import MovingAdapter, MovingModel
 from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
 
@@ -63,7 +64,7 @@ def choose_reference(
         return UntrainedPolicy(scorer)
     if not isinstance(policy, PeftModel):
         # The live policy, not a reload by name: it may have been merged, resized, trained or built in this process.
-        copied = copy.deepcopy(policy)
+        copied = copy_of(policy)
         return _of_model(copied, f"a {kind} copy of the model that training started from", policy, moving)
     trained = _active_adapter(policy)
     if ref_adapter_name is not None:

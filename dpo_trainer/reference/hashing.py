@@ -11,13 +11,15 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..sharding import is_cut, shape_of, whole
+
 THREADS = min(4, os.cpu_count() or 1)
 
 DROPOUT = re.compile(r"dropout|pdrop|layerdrop|drop_path")
 
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """{name: [dtype, shape, hash of the bytes]}; tied weights are read once."""
+    """{name: [dtype, shape, hash of the bytes]}; tied weights are read once. Collective where an engine has cut them."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
@@ -25,17 +27,27 @@ def digests(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
             )
         if tensor.is_meta:
             raise WeightsElsewhere(not_here(name, "is on the meta device (offloaded, or never loaded)"))
-        if hasattr(tensor, "__tensor_flatten__"):
+        if hasattr(tensor, "__tensor_flatten__") and not is_cut(tensor):
             raise WeightsElsewhere(not_here(name, f"is a {type(tensor).__name__}, spread or packed"))
-    places = {name: (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
+    places = {name: _place(tensor) for name, tensor in tensors.items()}
     distinct = {places[name]: tensor for name, tensor in tensors.items()}
     with ThreadPoolExecutor(THREADS) as pool:
-        hashes = dict(zip(distinct, pool.map(_digest, distinct.values()), strict=True))
-    return {name: [str(t.dtype), list(t.shape), hashes[places[name]]] for name, t in tensors.items()}
+        # Collectives come in one order, from the main thread.
+        each = map if any(map(is_cut, distinct.values())) else pool.map
+        hashes = dict(zip(distinct, each(_digest, distinct.values()), strict=True))
+    return {name: [str(t.dtype), list(shape_of(t)), hashes[places[name]]] for name, t in tensors.items()}
+
+
+def _place(tensor: Tensor) -> Any:
+    """The same for two tensors of the same numbers in memory."""
+    if is_cut(tensor):  # a rank's part may be empty, and then says nothing
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _digest(tensor: Tensor) -> str:
-    numbers = tensor.detach().cpu().contiguous()
+    with whole(tensor) as full:
+        numbers = full.detach().cpu().contiguous()
     row = numbers.as_strided([numbers.numel()], [1])  # with 0 or 1 numbers, "contiguous" says nothing about strides
     return xxhash.xxh3_128_hexdigest(row.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
 

@@ -10,6 +10,7 @@ Left out, because they follow from the config: buffers that are not saved (the f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from ..logprobs import base_model, evaluation_mode
+from ..sharding import class_of, shape_of
 from .hashing import DROPOUT, WeightsElsewhere, digests, not_here, plain
 
 FORMAT = 1
@@ -66,7 +68,8 @@ class Identity:
 
 
 def identify(model: nn.Module, *, adapter: str | None = None, precision: str = "float32") -> Identity:
-    """The identity of a reference. Reads every weight once; changes nothing and draws no random numbers.
+    """The identity of a reference. Reads every weight once; changes nothing and draws no random numbers. Collective where an
+    engine has cut the model between ranks.
 
     Args:
         model: a transformers model or a PeftModel, with all its weights in this process; wrappers do not matter.
@@ -85,7 +88,7 @@ def identify(model: nn.Module, *, adapter: str | None = None, precision: str = "
     names = _names_without_adapters(base)
     content = {
         "format": FORMAT,
-        "class": type(base).__name__,
+        "class": class_of(base).__name__,
         "config": plain(base.config.to_dict(), without=OF_NO_MATTER),
         "numbers": _numbers(base, names),
         "weights": digests(_weights(base, names)),
@@ -120,9 +123,6 @@ def _check_adapters(model: nn.Module, adapter: str | None) -> None:
 def _check_weights_are_here(model: nn.Module) -> None:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise WeightsElsewhere(not_here("The model", "is sharded by FSDP"))
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-            raise WeightsElsewhere(not_here(name, "is partitioned by DeepSpeed ZeRO-3"))
 
 
 def _adapter_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -154,7 +154,7 @@ def _names_without_adapters(base: PreTrainedModel) -> dict[str, str | None]:
 def _weights(base: PreTrainedModel, names: dict[str, str | None]) -> dict[str, Tensor]:
     """What the model saves (parameters, buffers, the state of quantised weights), named as without adapters."""
     weights = {}
-    for key, tensor in base.state_dict().items():
+    for key, tensor in base.state_dict(keep_vars=True).items():
         owner = key.rpartition(".")[0]
         while owner not in names:  # q_proj.weight.absmax belongs to q_proj
             owner = owner.rpartition(".")[0]
@@ -180,7 +180,9 @@ def _adapter(model: PeftModel, names: dict[str, str | None], adapter: str) -> di
     # The embeddings that it may save along are the model's, and asking for them may ask the hub. A prompt encoder is
     # run for its weights: without dropout.
     with torch.no_grad(), evaluation_mode(model):
-        weights = get_peft_model_state_dict(model, model.state_dict(), adapter, save_embedding_layers=False)
+        weights = get_peft_model_state_dict(
+            model, model.state_dict(keep_vars=True), adapter, save_embedding_layers=False
+        )
     numbers: dict[str, list[Any]] = {}
     for path, layer in _adapter_parts(base_model(model)):
         if not isinstance(layer, BaseTunerLayer):
@@ -204,9 +206,9 @@ def _about(
     dtype = str(base.dtype).removeprefix("torch.")
     own = [p for name, p in base.named_parameters() if names[name.rpartition(".")[0]] is not None]
     # A 4-bit tensor holds two weights in a number, and knows its shape.
-    sizes = [getattr(getattr(p, "quant_state", None), "shape", p.shape).numel() for p in own]
+    sizes = [math.prod(getattr(getattr(p, "quant_state", None), "shape", shape_of(p))) for p in own]
     return {
-        "model": f"{type(base).__name__}, {sum(sizes):,} parameters, {dtype}",
+        "model": f"{class_of(base).__name__}, {sum(sizes):,} parameters, {dtype}",
         "source": base.config._name_or_path or "built in memory",
         "adapter": "none" if adapter is None else f"{adapter!r}, {model.peft_config[adapter].peft_type.value}",
         "quantization": _quantization(base),

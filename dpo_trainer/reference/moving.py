@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..logprobs import Scorer
+from ..sharding import kept, shape_of, whole
 from .strategies import FrozenModel, NamedAdapter
 
 
@@ -34,14 +35,17 @@ class MovingModel(FrozenModel):
 
     def move(self, policy: nn.Module, alpha: float) -> None:
         live = _weights(extract_model_from_parallel(policy))
-        for name, weight in _weights(self.model).items():
+        for name, weight in self._own().items():
             mix(weight, live[name], alpha)
 
     def state(self) -> dict[str, Tensor]:
-        return _kept(_weights(self.model))
+        return kept(self._own())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        _restore(_weights(self.model), state)
+        _restore(self._own(), state)
+
+    def _own(self) -> dict[str, Tensor]:
+        return _weights(extract_model_from_parallel(self.model))
 
 
 class MovingAdapter(NamedAdapter):
@@ -77,7 +81,7 @@ class MovingAdapter(NamedAdapter):
             mix(parameters[own], parameters[live], alpha)
 
     def state(self) -> dict[str, Tensor]:
-        return _kept(self._own())
+        return kept(self._own())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         _restore(self._own(), state)
@@ -109,13 +113,13 @@ def mix(reference: Tensor, policy: Tensor, alpha: float) -> None:
     """reference <- alpha * policy + (1 - alpha) * reference, in place; of one shape, dtypes and devices may differ.
 
     Computed in the wider dtype and rounded once: in the narrower one the two would be rounded before they are compared.
+    Collective where an engine has cut the two: they are whole one after the other.
     """
-    wide = torch.promote_types(reference.dtype, policy.dtype)
-    mixed = reference.to(wide).lerp_(
-        policy.to(reference.device, wide), alpha
-    )  # `to` copies nothing where none is needed
-    if mixed is not reference:
-        reference.copy_(mixed)
+    with whole(policy) as live, whole(reference, write=True) as own:
+        wide = torch.promote_types(own.dtype, live.dtype)
+        mixed = own.to(wide).lerp_(live.to(own.device, wide), alpha)  # `to` copies nothing where none is needed
+        if mixed is not own:
+            own.copy_(mixed)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -152,14 +156,9 @@ def _difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> str | None:
             return f"{name} is missing"
         if name not in want:
             return f"{name} is one too many"
-        if got[name].shape != want[name].shape:
-            return f"{name} has the shape {tuple(got[name].shape)} instead of {tuple(want[name].shape)}"
+        if shape_of(got[name]) != shape_of(want[name]):
+            return f"{name} has the shape {shape_of(got[name])} instead of {shape_of(want[name])}"
     return None
-
-
-def _kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors takes them."""
-    return {name: weight.detach().contiguous() for name, weight in weights.items()}
 
 
 @torch.no_grad()
@@ -172,4 +171,5 @@ def _restore(weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
             "the reference and the adapter settings that it was written with."
         )
     for name, weight in weights.items():
-        weight.copy_(state[name])
+        with whole(weight, write=True) as own:
+            own.copy_(state[name])

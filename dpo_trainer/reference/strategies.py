@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..batch import PairBatch, PairLogps
 from ..logprobs import Scorer, evaluation_mode
+from ..sharding import copy_of
 from .identity import Identity, identify
 
 
@@ -40,9 +41,13 @@ class Reference(Protocol):
     keyed: bool = False
     """Whether it looks completions up by what they are, so that batches must say it (`PairBatch.keys`)."""
 
-    def release(self) -> None:
-        """Training begins: let go of what nobody asks for any more."""
+    def place(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
+        """Put models of its own where `prepare` puts them; what it returns stands in their place. Collective."""
         return
+
+    def release(self) -> Reference | None:
+        """Training begins: what is left of it then, without a second model in memory."""
+        return self if self.lasting else None
 
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
         """What it is, as a hash over its weights. `policy` as it is before training; None where there is no reference."""
@@ -92,6 +97,10 @@ class FrozenModel(Reference):
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
         with torch.no_grad():
             return self.scorer(self.model, batch, extras=False)
+
+    def place(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
+        self.model = prepare(self.model)
+        self.own = [(self.scorer, self.model)]
 
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
         active = self.model.active_adapter if isinstance(self.model, PeftModel) else None
@@ -162,6 +171,34 @@ class NamedAdapter(Reference):
 
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
         return identify(policy, adapter=self.reference_adapter, precision=precision)
+
+
+class OnCopy(Reference):
+    """A reference inside the policy, read from a copy of the policy until training begins.
+
+    For what must be known before an engine has cut the policy between ranks: the copy is cut already (`place`).
+    """
+
+    lasting = True
+
+    def __init__(self, inside: DisabledAdapter | NamedAdapter, policy: nn.Module):
+        self.inside = inside
+        self.model = copy_of(policy).requires_grad_(False)
+        self.description = inside.description
+        self.own: list[tuple[Scorer, nn.Module]] = [(inside.scorer, self.model)]
+
+    def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
+        return self.inside.logps(self.model, batch)
+
+    def place(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
+        self.model = prepare(self.model)
+        self.own = [(self.inside.scorer, self.model)]
+
+    def release(self) -> Reference:
+        return self.inside
+
+    def identity(self, policy: nn.Module, precision: str) -> Identity | None:
+        return self.inside.identity(policy, precision)
 
 
 @contextlib.contextmanager

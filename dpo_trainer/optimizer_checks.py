@@ -1,0 +1,63 @@
+"""Which of transformers' optimizers a run can have: refused before a model is loaded, not when training begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers.training_args import OptimizerNames
+
+from .registry import did_you_mean
+
+if TYPE_CHECKING:
+    from .config import DPOConfig
+
+OF_TORCH = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+"""Those that are there wherever torch and transformers are."""
+
+IN_BACKWARD = ("lomo", "adalomo", *(name.value for name in OptimizerNames if name.value.endswith("_layerwise")))
+NOT_RESUMED = (
+    *(name.value for name in OptimizerNames if name.value.startswith(("galore", "apollo", "schedule_free"))),
+    "stable_adamw",
+    "grokadamw",
+)
+SMALL = "--optim adamw_8bit and adafactor need little memory, too"
+
+
+def check_optimizer(config: DPOConfig) -> None:
+    """Refuse an `--optim` that is not installed, or that does not keep what other options promise."""
+    name = str(getattr(config.optim, "value", config.optim))
+    known = [each.value for each in OptimizerNames]
+    if name not in known:
+        raise ValueError(f"--optim {name} is not an optimizer of transformers.{did_you_mean(name, known)}")
+    if name in IN_BACKWARD:
+        raise ValueError(
+            f"--optim {name} makes its steps within backward, before --nonfinite can stop one and before gradients are clipped or "
+            f"accumulated, and leaves no state in checkpoints: choose another. {SMALL}."
+        )
+    if name in NOT_RESUMED:
+        raise ValueError(
+            f"--optim {name} keeps what it counts where a checkpoint does not bring it back (in objects that only a pickle could "
+            f"hold, or among its settings), so that a resumed run would be another run: choose another. {SMALL}."
+        )
+    if config.optim_target_modules is not None:
+        raise ValueError(
+            f"--optim_target_modules {config.optim_target_modules} would be ignored by --optim {name}: it is for GaLore and "
+            "APOLLO, which are not available here. Leave it out; --use_peft with --lora_target_modules trains some modules alone."
+        )
+    config.optim = OptimizerNames(name)
+    if name not in OF_TORCH or config.optim_args:
+        _make(config)
+
+
+def _make(config: DPOConfig) -> None:
+    """As the run will, to see now what fails."""
+    from transformers import Trainer  # slow to import, and most runs do not need it here
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(config)
+    except Exception as error:  # of whatever package
+        given = f"--optim {config.optim.value}" + (f" --optim_args {config.optim_args}" if config.optim_args else "")
+        raise ValueError(
+            f"{given} cannot be used here ({type(error).__name__}: {error}). Install or correct that, or take an optimizer that "
+            f"needs no package: {', '.join(OF_TORCH)}."
+        ) from error
