@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..cli import ModelArguments, make_peft_config
 from ..config import DPOConfig
 from ..losses import Objective
@@ -43,9 +45,11 @@ def memory_of(
 ) -> Memory:
     adapter = shape.trainable < shape.parameters
     needs_reference = Objective.from_config(config).needs_reference and not config.precompute_ref_log_probs
+    budget = config.max_tokens_per_micro_batch or math.inf
+    tokens = batches.largest_flat if layout == "flat" else batches.largest_padded
     run = Run(
-        tokens=batches.largest_flat if layout == "flat" else batches.largest_padded,
-        scored=batches.largest_scored,
+        tokens=int(min(tokens, budget)),
+        scored=int(min(batches.largest_scored, budget)),
         mixed_precision=bool(config.bf16 or config.fp16) and shape.compute_size == 4,
         gradient_checkpointing=bool(config.gradient_checkpointing),
         reference_copy=needs_reference and (not adapter or model.ref_model_name_or_path is not None),

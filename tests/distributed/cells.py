@@ -28,6 +28,8 @@ REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"
 LORA = {"learning_rate": 1.0}
 MOMENTUM = {"optim_args": "momentum=0.5"}  # a checkpoint has something to restore
 
+BUDGET = {"max_tokens_per_micro_batch": 90}  # three or four rows of a rank have 33 tokens each; one process has no budget
+
 # Options of the config, and under "rows" how many pairs there are: 24 fill every batch; 22 and 19 leave a short last one.
 # Under "pairs": another size of a micro-batch over all ranks.
 CELLS: dict[str, dict[str, Any]] = {
@@ -46,6 +48,10 @@ CELLS: dict[str, dict[str, Any]] = {
     "evaluated first": {"rows": 24, "max_steps": 2},
     "bf16": {"rows": 24, "max_steps": 2, "bf16": True, "loss_type": ["sigmoid", "nan_if_rounded"]},
     "weighted bf16": {"rows": 24, "max_steps": 2, "bf16": True, "loss_type": "odpo"},
+    "budget": {"rows": 22, "max_steps": 4, **BUDGET},
+    "budget accumulated": {"rows": 22, "max_steps": 2, "gradient_accumulation_steps": 2, **BUDGET},
+    "budget lora": {"rows": 22, "max_steps": 3, **BUDGET, **LORA},
+    "budget padded": {"rows": 22, "max_steps": 3, "max_tokens_per_micro_batch": 160, "layout": "padded"},
     "aot": {"rows": 24, "max_steps": 3, "loss_type": "aot"},
     "aot halves": {"rows": 24, "max_steps": 3, "loss_type": "aot", "gradient_accumulation_steps": 2, "pairs": 4},
     "aot_unpaired short": {"rows": 22, "max_steps": 3, "loss_type": "aot_unpaired"},
@@ -129,6 +135,8 @@ def make(
 ) -> DPOTrainer:
     options = dict(CELLS[name]) | ({"save_strategy": "steps", "save_steps": saved_at(name)} if saving else {})
     n, pairs = options.pop("rows"), options.pop("pairs", GLOBAL_BATCH)
+    if ranks == 1:
+        options.pop("max_tokens_per_micro_batch", None)
     rows = bad_rows(n, at=13) if name == "skipped step" else tiny.dataset(n)
     if name.startswith("weighted"):
         rows = with_numbers(rows)

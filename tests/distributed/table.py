@@ -48,6 +48,7 @@ ROWS = {
         "balanced",
     ],
     "coupled pairs (`aot`, `aot_unpaired`, `bco_pair`)": ["aot", "aot_unpaired short", "bco_pair"],
+    "`max_tokens_per_micro_batch`": ["budget", "budget accumulated", "budget lora", "budget padded"],
     "resumed": ["resumed", "resumed in the epoch", "resumed lora", "resumed moving"],
     "bfloat16": ["bf16", "weighted bf16"],
 }
