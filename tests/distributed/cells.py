@@ -28,7 +28,9 @@ REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"
 LORA = {"learning_rate": 1.0}
 MOMENTUM = {"optim_args": "momentum=0.5"}  # a checkpoint has something to restore
 
-BUDGET = {"max_tokens_per_micro_batch": 90}  # three or four rows of a rank have 33 tokens each; one process has no budget
+BUDGET = {
+    "max_tokens_per_micro_batch": 90
+}  # three or four rows of a rank have 33 tokens each; one process has no budget
 
 # Options of the config, and under "rows" how many pairs there are: 24 fill every batch; 22 and 19 leave a short last one.
 # Under "pairs": another size of a micro-batch over all ranks.
