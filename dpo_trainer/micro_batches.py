@@ -26,6 +26,19 @@ STAGE_OF_GRADIENTS = 2
 """Of ZeRO: the first whose ranks keep a part of the gradients, and so exchange them in every backward."""
 
 
+PACK_TOKENS = 1024
+"""Of a part on a CPU, where nobody asked for parts: faster than large ones and as fast as smaller ones, and the activations of a
+batch are never there at once (benchmarks/NOTES.md)."""
+
+
+def tokens_of_a_part(args: DPOConfig, objective: Objective) -> int | None:
+    """What a batch is cut into where nobody asked. None, whole: on accelerators, on several ranks, and where the parts would
+    not add up to the loss of the batch."""
+    alone = args.device.type == "cpu" and args.world_size == 1
+    adds_up = objective.separable and not objective.router_weight and "inputs" not in args.include_for_metrics
+    return PACK_TOKENS if alone and adds_up and args.max_tokens_per_micro_batch is None else None
+
+
 def check_splits(args: DPOConfig, objective: Objective) -> None:
     """Refuse a budget with losses that have another value on a part of the batch."""
     if args.max_tokens_per_micro_batch is None:

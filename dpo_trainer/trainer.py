@@ -52,6 +52,7 @@ from .micro_batches import (
     joined,
     keeps_ranks_in_step,
     step_through,
+    tokens_of_a_part,
     weighted_mean,
 )
 from .model_card import write_model_card
@@ -142,7 +143,7 @@ class DPOTrainer(DurableTrainer):
             eval_dataset = self.data.prepare_evaluation(eval_dataset)
         self.data.report()
         self._check_budget(train_dataset, eval_dataset)
-        data_collator = self._collator(data_collator)
+        self.given_collator = data_collator
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
             # As transformers does for models that are its own: DDP's search and reentrant checkpointing exclude each other.
@@ -151,7 +152,7 @@ class DPOTrainer(DurableTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=self._collator(data_collator),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -203,6 +204,7 @@ class DPOTrainer(DurableTrainer):
         """Each trial of a hyperparameter search has a new model, and perhaps other options: all parts are made anew."""
         model: Any = self._assemble(super().call_model_init(trial))
         self.model = model.to(self.args.device)
+        self.data_collator = self._collator(self.given_collator)
         self._place_reference()
         self._start_counting()
         self.know_run()
@@ -213,7 +215,12 @@ class DPOTrainer(DurableTrainer):
         if given is None:
             multiple = self.args.pad_to_multiple_of
             return DataCollatorForPreference(
-                self.pad_token_id, self.layout.name, multiple, keyed=keyed, max_tokens=budget
+                self.pad_token_id,
+                self.layout.name,
+                multiple,
+                keyed=keyed,
+                max_tokens=budget,
+                pack_tokens=tokens_of_a_part(self.args, self.objective),
             )
         if getattr(given, "max_tokens", None) != budget:
             raise ValueError(

@@ -543,3 +543,45 @@ def test_out_of_memory_names_the_budget(loss, named, tmp_path):
 def test_a_batch_that_was_not_cut_is_its_only_part():
     inputs = {"input_ids": torch.zeros(2, 3)}
     assert micro_batches(inputs) == [inputs]
+
+
+# --- on a CPU, where nobody asked ---
+
+
+def long_rows(n: int, words: int) -> Dataset:
+    rows = tiny.rows(n)
+    return Dataset.from_list([row | {"prompt": "cat " * words} for row in rows])
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_large_batches_are_computed_in_parts_on_a_cpu(tmp_path, monkeypatch, layout):
+    """8 rows of about 230 tokens in the flat layout, 3 of them in a part; the same as whole."""
+    how = {"train": long_rows(16, words=50), "max_steps": 2, "layout": layout}
+    parts, sizes = trained(tmp_path / "parts", None, **how)
+    monkeypatch.setattr("dpo_trainer.trainer.tokens_of_a_part", lambda args, objective: None)
+    whole, at_once = trained(tmp_path / "whole", None, **how)
+    assert len(at_once) == 2 < len(sizes)
+    assert max(sizes) <= 1024 < min(at_once)
+    assert tiny.losses(parts) == pytest.approx(tiny.losses(whole), abs=LOSS_ATOL)
+    tiny.assert_same_weights(tiny.weights(parts.model), tiny.weights(whole.model), WEIGHT_ATOL)
+
+
+def test_a_row_above_the_size_of_a_part_goes_by_itself(tmp_path):
+    """No ceiling was asked for."""
+    model = tiny.llama(max_position_embeddings=2048)
+    _, sizes = trained(tmp_path, None, model=model, train=long_rows(8, words=300), max_steps=1, max_length=None)
+    assert len(sizes) == 8
+    assert min(sizes) > 1024
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "aot"}, {"rpo_alpha": 1.0, "rpo_normalization": "token"}])
+def test_losses_that_couple_pairs_see_the_whole_batch(tmp_path, options):
+    _, sizes = trained(tmp_path, None, train=long_rows(8, words=50), max_steps=1, **options)
+    assert len(sizes) == 1
+    assert sizes[0] > 1024
+
+
+def test_a_batch_that_is_not_larger_stays_as_it_was(tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    assert trainer.data_collator.pack_tokens == 1024
+    assert all(MICRO_BATCHES not in batch for batch in trainer.get_train_dataloader())

@@ -45,6 +45,8 @@ class DataCollatorForPreference:
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
         keyed: name every completion by its content, for a cache of reference log-probs.
         max_tokens: of one forward pass (flat: of the row; padded: rows x longest). None: the batch stays whole.
+        pack_tokens: the same as an aim and not a ceiling, where there is no `max_tokens`: a longer row goes by itself, and a
+            batch that is not larger stays whole.
 
     Raises:
         ValueError: for a row that has more than `max_tokens` by itself.
@@ -55,6 +57,7 @@ class DataCollatorForPreference:
     pad_to_multiple_of: int | None = None
     keyed: bool = False
     max_tokens: int | None = None
+    pack_tokens: int | None = None
 
     def __post_init__(self):
         if self.layout not in ("flat", "padded"):
@@ -62,17 +65,23 @@ class DataCollatorForPreference:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         read = [read_row(row, place) for place, row in enumerate(rows)]
-        return self._inputs(read) if self.max_tokens is None else self._split(read, self.max_tokens)
+        if self.max_tokens is not None:
+            for row in read:
+                check_fits(row.example_id, self._size([row]), self.max_tokens)
+            return self._split(read, self.max_tokens)
+        if self.pack_tokens is not None and self._size(read) > self.pack_tokens:
+            return self._split(read, self.pack_tokens)
+        return self._inputs(read)
+
+    def _size(self, rows: Sequence[TokenizedPair]) -> int:
+        return (padded_size if self.layout == "padded" else flat_size)(rows, self.pad_to_multiple_of)
 
     def _inputs(self, rows: Sequence[TokenizedPair]) -> dict[str, Any]:
         return inputs_of(rows, self.layout, self.pad_token_id, self.pad_to_multiple_of, keyed=self.keyed)
 
     def _split(self, rows: Sequence[TokenizedPair], max_tokens: int) -> dict[str, Any]:
-        """Always in parts, also where one is enough: a run meets one form of a batch."""
+        """In parts, also where one is enough: ranks that go in step add to them."""
         padded, multiple = self.layout == "padded", self.pad_to_multiple_of
-        size = padded_size if padded else flat_size
-        for row in rows:
-            check_fits(row.example_id, size([row], multiple), max_tokens)
         parts = []
         for places in map(sorted, packed_places(rows, max_tokens, padded=padded, multiple=multiple)):
             part = self._inputs([rows[place] for place in places])
