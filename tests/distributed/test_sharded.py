@@ -6,6 +6,7 @@ on a CPU as it does on GPUs, except that its ways to and from a GPU are not take
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from functools import cache
@@ -22,6 +23,8 @@ import tiny
 from cells import CELLS, EVAL_ROWS, trained_weights
 from engines import ENGINES
 from launch import ATOL, MEANS, Alone, differences, farthest, together, tolerance
+
+from dpo_trainer.run_state import refuse_another_run
 
 pytestmark = pytest.mark.distributed
 
@@ -193,10 +196,15 @@ def test_two_processes_go_on_as_one(name, two, alone):
     assert farthest(two.weights("fsdp2", name), alone.weights(name)) <= ATOL
 
 
-def test_deepspeed_goes_on_with_as_many_processes(two):
-    """Its checkpoints hold the optimizer in parts, one for each process."""
-    with pytest.raises(AssertionError, match=r"(?s)processes of DeepSpeed.*2 there, 1 here"):
-        two.on_one_rank("zero2")
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_goes_on_with_as_many_processes(engine, two):
+    """Its checkpoints hold the optimizer in parts, one for each process. DeepSpeed itself would fail later, without a way out."""
+    two.of(engine)
+    checkpoint = two.folder / engine / "resumed moving" / "checkpoint-3"
+    identity = json.loads((checkpoint / "dpo_state.json").read_text())["run"]
+    refuse_another_run(str(checkpoint), identity, force=False)
+    with pytest.raises(ValueError, match=r"the processes of DeepSpeed.*--num_processes: 2 there, 1 here"):
+        refuse_another_run(str(checkpoint), identity | {"engine": {"--num_processes": 1}}, force=True)
 
 
 @pytest.mark.parametrize("engine", REDUCED)
