@@ -579,6 +579,26 @@ def test_processes_that_find_a_broken_file_together_move_it_once(tmp_path):
             assert same(store.get([key_of(n) for n in numbers]), [record_of(n) for n in numbers])
 
 
+def test_a_disk_error_that_passes_loses_nothing(tmp_path, monkeypatch):
+    """As when another process moves the file in the middle of a commit: once more, on a connection of its own."""
+    failures = iter([sqlite3.OperationalError("disk I/O error"), sqlite3.OperationalError("disk I/O error")])
+    with opened(tmp_path) as store:
+        store.put({key_of(0): record_of(0)})
+        write = store._write
+
+        def shaken(*args):
+            for error in failures:
+                raise database._in_plain_words(error, store.path)
+            write(*args)
+
+        monkeypatch.setattr(store, "_write", shaken)
+        store.put({key_of(1): record_of(1)})
+        assert same(store.get([key_of(0), key_of(1)]), [record_of(0), record_of(1)])
+        failures = iter([sqlite3.OperationalError("disk I/O error")] * 3)
+        with pytest.raises(ValueError, match="cannot be used: disk I/O error. Check the disk"):
+            store.put({key_of(2): record_of(2)})
+
+
 KILLED = """
 store = Store(folder, "%s", {})
 for batch in range(1_000_000):

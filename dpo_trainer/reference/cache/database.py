@@ -23,6 +23,10 @@ SCHEMA = [
 ]
 
 
+class Shaken(ValueError):
+    """The disk failed in the middle, and may not a second time: a file that another process moved just then, a network disk."""
+
+
 class Unusable(ValueError):
     """The file is damaged, or another process took it away."""
 
@@ -91,7 +95,8 @@ def _in_plain_words(error: sqlite3.DatabaseError, path: Path) -> ValueError:
             f"{path}: another process has held it for {BUSY_SECONDS:.0f} s ({text}). Wait for it or end it, or give "
             "another --ref_cache_dir."
         )
-    return ValueError(f"{path} cannot be used: {text}. Check the disk, or give another --ref_cache_dir.")
+    kind = Shaken if "disk I/O" in text else ValueError
+    return kind(f"{path} cannot be used: {text}. Check the disk, or give another --ref_cache_dir.")
 
 
 def is_new(db: sqlite3.Connection, path: Path) -> bool:

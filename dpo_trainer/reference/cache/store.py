@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .database import ReadOnly, Unusable, connect, describe, is_new, transaction
+from .database import ReadOnly, Shaken, Unusable, connect, describe, is_new, transaction
 from .files import SUFFIX, create, identity_of, move_aside, only_mover
 from .records import Record, check_keys, intact, record_of, row_of
 
@@ -128,6 +128,8 @@ class Store:
                 return action()
             except Unusable as problem:
                 self._abandon_file(problem)
+            except Shaken:
+                self.close()
         return action()
 
     def _connection(self) -> sqlite3.Connection:
