@@ -4,7 +4,7 @@ PYTHON ?= python3
 # constraints.txt names the torch release that also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu test-faults test-distributed check docs bench clean
+.PHONY: demo test test-gpu test-faults test-distributed check docs bench bench-gpu clean
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -41,14 +41,20 @@ check: .venv/installed-dev
 docs: .venv/installed-dev
 	.venv/bin/python docs/generate.py
 
-# TRL in an environment of its own, then both trainers in one run on each of the two datasets in ../shared/data
+# TRL in an environment of its own, then both trainers in turns on the data in ../shared/data, tables and plots
 .venv-trl/bin/python:
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements-trl.txt
 
 bench: .venv/installed .venv-trl/bin/python
-	.venv/bin/python benchmarks/beside_trl.py --data hh
-	.venv/bin/python benchmarks/beside_trl.py --data ultrafeedback
+	.venv/bin/python benchmarks/suite.py
+	.venv/bin/python benchmarks/report.py
+	.venv/bin/python docs/generate.py
+
+# the same on a CUDA device, with models of the shapes of Qwen2-0.5B and 7B in bfloat16; has never run
+bench-gpu: .venv/installed .venv-trl/bin/python
+	.venv/bin/python benchmarks/suite.py 'gpu-*'
+	.venv/bin/python benchmarks/report.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

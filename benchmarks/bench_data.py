@@ -1,32 +1,40 @@
-"""Rows and tokenizer of the benchmark: real preference pairs in one form that both trainers read alike."""
+"""Rows and tokenizer of the benchmarks: preference pairs, real or of given lengths, in one form that both trainers read alike."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import random
+import re
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 FILES = {"hh": "hh_harmless_train.jsonl.gz", "ultrafeedback": "ultrafeedback_train.jsonl.gz"}
+SHAREGPT = "sharegpt_dpo.json"
 TURN = "\n\nAssistant:"
 VOCAB_SIZE = 16_384
 
 
-def load_rows(data: str, folder: Path) -> list[dict[str, str]]:
+def load_rows(data: str, folder: Path, split: str = "train") -> list[dict[str, str]]:
     """Explicit prompt, chosen, rejected. Prompts end in a colon and completions begin with a space.
 
     So no token of a byte-level BPE can merge across the boundary, and both trainers see the same ids. HH transcripts
-    are split at their last assistant turn; UltraFeedback's strings are put into the same dialogue form.
+    are split at their last assistant turn; the other two are put into the same dialogue form. `sharegpt` has no `eval` split.
     """
-    path = folder / FILES[data]
+    file = SHAREGPT if data == "sharegpt" else FILES[data].replace("train", split)
+    path = folder / file
     if not path.is_file():
-        raise SystemExit(f"{path} is not there: name the folder that holds {FILES[data]} with --data-dir.")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        split = _split_transcripts if data == "hh" else _as_dialogue
-        rows = [split(json.loads(line)) for line in lines]
+        raise SystemExit(f"{path} is not there: name the folder that holds {file} with --data-dir.")
+    if data == "sharegpt":
+        rows = [_from_sharegpt(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    else:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            read = _split_transcripts if data == "hh" else _as_dialogue
+            rows = [read(json.loads(line)) for line in lines]
     return [row for row in rows if row and row["chosen"] != row["rejected"] and row["chosen"].strip()]
 
 
@@ -40,6 +48,12 @@ def _split_transcripts(row: dict[str, str]) -> dict[str, str] | None:
 
 def _as_dialogue(row: dict[str, str]) -> dict[str, str] | None:
     return _pair(f"\n\nHuman: {row['prompt']}{TURN}", row["chosen"], row["rejected"])
+
+
+def _from_sharegpt(row: dict) -> dict[str, str] | None:
+    speakers = {"human": "\n\nHuman:", "gpt": TURN}
+    turns = (f"{speakers[turn['from']]} {turn['value']}" for turn in row["conversations"] if turn["from"] in speakers)
+    return _pair("".join(turns) + TURN, row["chosen"]["value"], row["rejected"]["value"])
 
 
 def _pair(prompt: str, chosen: str, rejected: str) -> dict[str, str] | None:
@@ -74,6 +88,45 @@ def sample_rows(rows: list[dict[str, str]], tokenizer, count: int, max_length: i
         if len(picked) == count:
             return picked
     raise SystemExit(f"Only {len(picked)} rows fit --max-length {max_length}, {count} are needed: lower --steps.")
+
+
+def rows_of_length(
+    tokenizer, count: int, prompt: int, completion: int, seed: int, completions: int = 2
+) -> list[dict[str, Any]]:
+    """Random words. `prompt` tokens, and `completion` tokens each with the end token, best first; above two a ranked list."""
+    words = [
+        text for number in range(len(tokenizer)) if re.fullmatch(" [a-z]{3,}", text := tokenizer.decode([number]))
+    ]
+    draw = random.Random(seed)
+
+    def text(tokens: int) -> str:
+        return "".join(draw.choices(words, k=tokens))
+
+    rows: list[dict[str, Any]] = []
+    for _ in range(count):
+        row: dict[str, Any] = {"prompt": text(prompt)}
+        answers = [text(completion - 1) for _ in range(completions)]
+        if completions > 2:
+            row |= {"completions": answers, "scores": [float(completions - place) for place in range(completions)]}
+        else:
+            row |= {"chosen": answers[0], "rejected": answers[1]}
+        rows.append(row)
+    return rows
+
+
+def as_pairs(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Ranked lists as one row for each of their pairs, best first. Pairs stay as they are."""
+    return [
+        {"prompt": row["prompt"], "chosen": better, "rejected": worse}
+        for row in rows
+        for better, worse in combinations(row.get("completions") or (row["chosen"], row["rejected"]), 2)
+    ]
+
+
+def longest(row: dict[str, str], tokenizer, max_length: int) -> int:
+    """Tokens of the prompt with the longer completion, as a padded batch computes them."""
+    prompt, *answers = (len(tokenizer(row[name])["input_ids"]) for name in ("prompt", "chosen", "rejected"))
+    return min(max_length, prompt + max(answers) + 1)
 
 
 def token_counts(rows: list[dict[str, str]], tokenizer, max_length: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     python benchmarks/micro_batches.py --data-dir <folder>
 
-The model of `beside_trl.py` trains on batches of 16 pairs, whole and under several budgets, each run in a process of its
+The model of the suite trains on batches of 16 pairs, whole and under several budgets, each run in a process of its
 own, first the one without a budget. The first step warms up; the following `--steps` are counted, by the CPU time of the
 process. The peak is that of the process, training or not, and starts at what model, reference and optimizer take. Expect
 the losses of all steps to agree (else the figures compare two computations: the command says so and exits with 1), and
@@ -17,27 +17,25 @@ import argparse
 import json
 import sys
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import bench_data
-import beside_trl
+import jobs
+from cases import Case, Side
 
-HERE = Path(__file__).resolve().parent
+TOLERANCE = 2e-5  # nats; float32 sums of about 2,000 nats, times beta 0.1, averaged over a batch
 BATCH = 16
 BUDGETS = (None, 8192, 4096, 2048)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=HERE.parents[1] / "shared" / "data")
     parser.add_argument("--steps", type=int, default=1, help="counted optimizer steps per run")
-    parser.add_argument("--cache", type=Path, default=Path("out/benchmarks"), help="tokenizers and job files")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    jobs.add_arguments(parser)
     options = parser.parse_args()
     record: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": beside_trl.machine(),
+        "machine": jobs.machine(),
         "batch": BATCH,
         "runs": {data: runs_on(data, options) for data in bench_data.FILES},
     }
@@ -45,36 +43,25 @@ def main() -> int:
     (options.results / "micro_batches.json").write_text(json.dumps(record, indent=1) + "\n")
     (options.results / "micro_batches.md").write_text(as_markdown(record))
     print(as_markdown(record))
-    same = max(map(difference, record["runs"].values())) <= beside_trl.TOLERANCE
-    print("the same losses" if same else f"VOID: losses differ by more than {beside_trl.TOLERANCE:.0e}")
+    same = max(map(difference, record["runs"].values())) <= TOLERANCE
+    print("the same losses" if same else f"VOID: losses differ by more than {TOLERANCE:.0e}")
     return 0 if same else 1
 
 
 def runs_on(data: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One run for each budget, of the same rows."""
-    own = argparse.Namespace(
-        **vars(options),
-        data=data,
-        batch_size=BATCH,
-        max_length=1024,
-        threads=1,
-        gradient_checkpointing=False,
-        layout="flat",
-        seed=0,
-    )
-    job = beside_trl.job_of(own)
-    runs = []
+    case = Case(f"micro-batches-{data}", data, {}, BATCH, options.steps)
+    prepared, runs = jobs.prepare(case, options), []
     for budget in BUDGETS:
-        job["only_ours"]["max_tokens_per_micro_batch"] = budget
-        job_file = options.cache / f"job-micro-batches-{data}.json"
-        job_file.write_text(json.dumps(job))
-        runs.append({"budget": budget, **beside_trl.run("ours", job_file, own)})
+        side = Side("ours", {"layout": "flat", "max_tokens_per_micro_batch": budget})
+        runs.append({"budget": budget, **jobs.run(jobs.job_of(case, side, prepared), options)})
+        print(data, budget, f"{runs[-1]['peak_rss_gb']:.2f} GB", flush=True)
     return runs
 
 
 def difference(runs: list[dict[str, Any]]) -> float:
     """Largest of a step's loss between runs, in nats."""
-    return beside_trl.largest_difference(runs)
+    return jobs.largest_difference(runs)
 
 
 def as_markdown(record: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
     python3 -m venv .venv-trl && .venv-trl/bin/pip install -c constraints.txt -r benchmarks/requirements-trl.txt
     python benchmarks/reference_cache.py --data-dir <folder>
 
-For each dataset, with the model of `beside_trl.py`, each run in a process of its own, median of `--repeats`:
+For each dataset, with the model of the suite, each run in a process of its own, median of `--repeats`:
 
 * computing all log-probs, and the same run once more. A time holds the hash of the weights, look-ups, forwards and writes;
 * what runs with other options or rows find in the cache that the first run left, and whether what they find is true:
@@ -38,8 +38,10 @@ from statistics import median
 from typing import Any
 
 import bench_data
-from beside_trl import MODEL, machine
-from one_run import Clock, build_model
+from cases import MODEL
+from jobs import machine
+from one_run import build_model
+from watching import Clock
 
 HERE = Path(__file__).resolve().parent
 BATCH = 8

@@ -163,11 +163,19 @@ def test_ranked_and_pairwise_rows_have_the_same_content():
         "pairs": [[0, 1]] * 3,
     }
     pairwise = [{"prompt_ids": [1, 2], "chosen_ids": a, "rejected_ids": b} for a, b in (([3], [4, 5]), ([3], [6]))]
-    want = watching.content([ranked])
-    assert want == watching.content([*pairwise, {**pairwise[0], "chosen_ids": [4, 5], "rejected_ids": [6]}])
+    want = watching.content([ranked], 9)
+    assert want == watching.content([*pairwise, {**pairwise[0], "chosen_ids": [4, 5], "rejected_ids": [6]}], 9)
     assert (want["pairs"], want["prompt"], want["completion"]) == (3, 2, 4)
-    assert watching.content(pairwise[:1])["digest"] != want["digest"]
-    assert watching.content([{**ranked, "prompt_ids": [1]}])["digest"] != want["digest"]
+    assert watching.content(pairwise[:1], 9)["digest"] != want["digest"]
+    assert watching.content([{**ranked, "prompt_ids": [1]}], 9)["digest"] != want["digest"]
+
+
+def test_content_is_what_truncation_leaves():
+    """Our rows are cut before they are collated, TRL's while: 2 + 3 tokens at most."""
+    row = {"prompt_ids": [1, 2], "rejected_ids": [9]}
+    cut, whole = ({**row, "chosen_ids": list(range(length))} for length in (3, 7))
+    assert watching.content([whole], 5) == watching.content([cut], 5)
+    assert watching.content([whole], 6) != watching.content([cut], 6)
 
 
 @pytest.mark.parametrize("completions", [2, 4])

@@ -595,7 +595,7 @@ def test_a_disk_error_that_passes_loses_nothing(tmp_path, monkeypatch):
         store.put({key_of(1): record_of(1)})
         assert same(store.get([key_of(0), key_of(1)]), [record_of(0), record_of(1)])
         failures = iter([sqlite3.OperationalError("disk I/O error")] * 3)
-        with pytest.raises(ValueError, match="cannot be used: disk I/O error. Check the disk"):
+        with pytest.raises(ValueError, match=r"cannot be used: disk I/O error\. Check the disk"):
             store.put({key_of(2): record_of(2)})
 
 

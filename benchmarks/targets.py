@@ -1,0 +1,71 @@
+"""The targets of the suite, and what its records say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+Records = dict[str, Record]
+
+
+def rate(record: Record) -> str:
+    return "pairs_per_wall_s" if record["settings"]["device"] == "cuda" else "pairs_per_cpu_s"
+
+
+def gain(case: str, side: str = "ours", other: str = "trl") -> Callable[[Records], float | None]:
+    """Rate of one side over another's."""
+    return lambda records: _quotient(records, case, side, other, rate)
+
+
+def memory(case: str) -> Callable[[Records], float | None]:
+    """Peak, as a share of TRL's."""
+    return lambda records: _quotient(records, case, "ours", "trl", lambda record: "peak_rss_gb")
+
+
+def _quotient(records: Records, case: str, side: str, other: str, key: Callable[[Record], str]) -> float | None:
+    record = records.get(case)
+    if record is None or record["void"] or not {side, other} <= set(record["summary"]):
+        return None
+    sides, figure = record["summary"], key(record)
+    return sides[side][figure] / sides[other][figure]
+
+
+def share(case: str) -> Callable[[Records], float | None]:
+    def measured(records: Records) -> float | None:
+        record = records.get(case)
+        return None if record is None or record["void"] else record["summary"]["ours"]["share_of_floor"]
+
+    return measured
+
+
+TARGETS: list[tuple[str, float, bool, Callable[[Records], float | None]]] = [
+    ("HH, batch 8, reference online, over TRL", 6.0, True, gain("hh-b8")),
+    ("UltraFeedback, batch 8, over TRL", 3.5, True, gain("ultrafeedback-b8")),
+    ("HH, warm cache over online", 1.3, True, gain("hh-b8-cached", "ours warm", "ours")),
+    ("UltraFeedback, warm cache over online", 1.3, True, gain("ultrafeedback-b8-cached", "ours warm", "ours")),
+    ("HH, batch 8, peak memory, of TRL's", 0.2, False, memory("hh-b8")),
+    ("HH, batch 8, share of the floor", 0.7, True, share("hh-b8")),
+    ("UltraFeedback, batch 8, share of the floor", 0.7, True, share("ultrafeedback-b8")),
+    ("ranked list of 8 over pairwise rows", 4.0, True, gain("ranked-8", "ours", "pairwise")),
+    ("GPU, Qwen2-0.5B, bfloat16, HH, over TRL", 4.0, True, gain("gpu-0.5b-hh-b8")),
+    ("GPU, Qwen2-0.5B, bfloat16, UltraFeedback, over TRL", 2.5, True, gain("gpu-0.5b-ultrafeedback-b8")),
+    ("GPU, Qwen2-7B, bfloat16, HH, over TRL", 4.0, True, gain("gpu-7b-hh-b8")),
+    ("GPU, Qwen2-7B, bfloat16, UltraFeedback, over TRL", 2.5, True, gain("gpu-7b-ultrafeedback-b8")),
+    ("GPU, Qwen2-7B, bfloat16, HH, share of the floor", 0.45, True, share("gpu-7b-hh-b8")),
+]
+"""What is measured, the bound, whether it is a lower one, how to read it from the records."""
+
+
+def target_table(records: Records) -> list[str]:
+    rows = []
+    for name, bound, at_least, measured in TARGETS:
+        value = measured(records)
+        reached = None if value is None else (value >= bound if at_least else value <= bound)
+        said = {None: "not measured", True: "reached", False: "**not reached**"}[reached]
+        rows.append([name, f"{'>=' if at_least else '<='} {bound:g}", "" if value is None else f"{value:.2f}", said])
+    return table(["target", "bound", "measured", ""], rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
