@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -305,10 +306,15 @@ def our_trainer(job: dict[str, Any], rows: str = "rows", **changes: Any) -> Any:
 
 def settle(trainer: Any) -> None:
     """The check of the layout comes before the clock: with or without a cache, the first batch of a run begins with it."""
+    first = whole_batch(trainer, [trainer.train_dataset[place] for place in range(2)])
+    trainer.layout.settle(trainer.model, first)
+
+
+def whole_batch(trainer: Any, rows: list[dict]) -> Any:
+    """Not in the parts that a step on a CPU takes."""
     from dpo_trainer.batch import PairBatch
 
-    first = trainer.data_collator([trainer.train_dataset[place] for place in range(2)])
-    trainer.layout.settle(trainer.model, PairBatch.from_inputs(first))
+    return PairBatch.from_inputs(replace(trainer.data_collator, max_tokens=None, pack_tokens=None)(rows))
 
 
 def fill(trainer: Any, folder: str) -> tuple[Any, Cost]:
@@ -350,11 +356,9 @@ def our_precompute(job: dict[str, Any], *, rows: str = "rows", **changes: Any) -
 
 def lookup_ms(trainer: Any) -> float:
     """The reference of a batch, as a training step asks for it; median over the batches of the dataset."""
-    from dpo_trainer.batch import PairBatch
-
     times = []
     for rows in batches(trainer):
-        batch = PairBatch.from_inputs(trainer.data_collator(rows))
+        batch = whole_batch(trainer, rows)
         began = time.perf_counter()
         trainer.reference.logps(trainer.model, batch)
         times.append(time.perf_counter() - began)
@@ -420,10 +424,9 @@ def our_rates(job: dict[str, Any]) -> dict[str, Any]:
 def forward_rate(trainer: Any, rows: list[list[dict]]) -> float:
     import torch
 
-    from dpo_trainer.batch import PairBatch
     from dpo_trainer.logprobs import evaluation_mode
 
-    collated, cost = [PairBatch.from_inputs(trainer.data_collator(part)) for part in rows], Cost()
+    collated, cost = [whole_batch(trainer, part) for part in rows], Cost()
     with cost.counted(), torch.no_grad(), evaluation_mode(trainer.model):
         for batch in collated:
             trainer.scorer(trainer.model, batch, extras=False)

@@ -184,7 +184,16 @@ class PairBatch:
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any], device: torch.device | None = None) -> PairBatch:
-        """What a collator returned, possibly one written for another library (see `from_completion_mask`)."""
+        """What a collator returned, possibly one written for another library (see `from_completion_mask`).
+
+        Raises:
+            ValueError: for a batch in parts (`micro_batches`), each of which is one.
+        """
+        if MICRO_BATCHES in inputs:
+            raise ValueError(
+                "This batch comes in parts, each a PairBatch of its own: take them from micro_batches(inputs), or collate whole "
+                "batches with DataCollatorForPreference(..., max_tokens=None, pack_tokens=None)."
+            )
         if device is not None:
             inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
         if "score_at" not in inputs:

@@ -26,7 +26,7 @@ from test_invariances import run as run_with_checkpoints
 from torch import Tensor, nn
 
 from dpo_trainer import DataCollatorForPreference, DPOTrainer, register_loss
-from dpo_trainer.batch import MICRO_BATCHES, PairLogps, micro_batches
+from dpo_trainer.batch import MICRO_BATCHES, PairBatch, PairLogps, micro_batches
 from dpo_trainer.data import FEATURES
 from dpo_trainer.data.packs import check_rows_fit
 from dpo_trainer.fillers import unweigh_fillers
@@ -585,3 +585,11 @@ def test_a_batch_that_is_not_larger_stays_as_it_was(tmp_path):
     trainer = tiny.trainer(tmp_path)
     assert trainer.data_collator.pack_tokens == 1024
     assert all(MICRO_BATCHES not in batch for batch in trainer.get_train_dataloader())
+
+
+def test_a_batch_in_parts_is_no_pair_batch():
+    collate = DataCollatorForPreference(tiny.PAD, max_tokens=9)
+    rows = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 1], "rejected_ids": [8, 1]}] * 2
+    with pytest.raises(ValueError, match=r"comes in parts.*micro_batches\(inputs\)"):
+        PairBatch.from_inputs(collate(rows))
+    assert [len(PairBatch.from_inputs(part).chosen) for part in micro_batches(collate(rows))] == [1, 1]
