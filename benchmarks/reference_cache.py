@@ -30,8 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -42,7 +41,7 @@ import bench_data
 from cases import MODEL
 from jobs import machine
 from one_run import build_model
-from watching import Clock
+from watching import Clock, Cost
 
 HERE = Path(__file__).resolve().parent
 BATCH = 8
@@ -219,17 +218,6 @@ def difference(these: list[list[float]], those: list[list[float]]) -> float:
 
 
 # --- measurements, each in a process of its own ---
-
-
-class Cost:
-    cpu_s = wall_s = 0.0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        cpu, wall = time.process_time(), time.perf_counter()
-        yield
-        self.cpu_s += time.process_time() - cpu
-        self.wall_s += time.perf_counter() - wall
 
 
 def start(job: dict[str, Any], rows: str = "rows") -> dict[str, Any]:

@@ -103,8 +103,8 @@ def content(rows: list[dict[str, Any]], max_length: int) -> dict[str, Any]:
     }
 
 
-class Precompute:
-    """CPU and wall seconds that a trainer spends on log-probs of the reference before it trains."""
+class Cost:
+    """CPU and wall seconds of all that was `counted`."""
 
     cpu_s = wall_s = 0.0
 
@@ -114,6 +114,10 @@ class Precompute:
         yield
         self.cpu_s += time.process_time() - cpu
         self.wall_s += time.perf_counter() - wall
+
+
+class Precompute(Cost):
+    """What a trainer spends on log-probs of the reference before it trains."""
 
     def watch(self, trainer: type, method: str) -> None:
         compute = getattr(trainer, method)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .config import DPOConfig
+from .engines import cuts_weights
 from .layout import Layout
 from .loading import (
     apply_peft,
@@ -25,7 +26,6 @@ from .loading import (
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
 from .reference import DisabledAdapter, FrozenModel, NamedAdapter, OnCopy, Reference, cached, choose_reference
-from .sharding import cuts_weights
 
 logger = logging.get_logger(__name__)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,6 +114,16 @@ class MemoryAdvice:
         if not self.adapter:
             ways.append("--use_peft true")
         return [*ways, "a smaller --max_length"]
+
+
+@contextlib.contextmanager
+def explained(inputs: Mapping[str, Any], advice: Callable[[], MemoryAdvice]) -> Iterator[None]:
+    """Around a step: if memory runs out, say what was in the batch and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = out_of_memory_message(PairBatch.from_inputs(inputs), advice(), str(error))
+        raise torch.OutOfMemoryError(message) from error
 
 
 def out_of_memory_message(batch: PairBatch, advice: MemoryAdvice, cause: str) -> str:

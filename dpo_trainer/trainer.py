@@ -29,17 +29,16 @@ from .config import DPOConfig
 from .config_checks import check_sampling
 from .data import (
     FEATURES,
-    DataCollatorForPreference,
     FilledStream,
     Needs,
     RepeatedStream,
     check_tokenizer,
 )
 from .data.content import dataset_digest
-from .data.packs import check_rows_fit
 from .durable import DurableTrainer
 from .engine_checks import check_engine, check_placement
-from .failures import MemoryAdvice, out_of_memory_message
+from .engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
+from .failures import MemoryAdvice, explained
 from .fillers import refuse_empty_rounds, unweigh_fillers
 from .loading import load_tokenizer, weights_beside_adapter
 from .logprobs import base_model
@@ -52,15 +51,15 @@ from .micro_batches import (
     joined,
     keeps_ranks_in_step,
     step_through,
-    tokens_of_a_part,
     weighted_mean,
 )
 from .model_card import write_model_card
 from .precompute import Filled, Precompute
 from .reference import CachedReference, Reference
+from .run_collator import check_budget, run_collator
 from .run_data import Rows, RunData
 from .run_identity import model_identity
-from .sharding import cuts_weights, evaluation, keep_outputs_exact, kept, prepare_frozen, whole
+from .sharding import kept, whole
 
 logger = logging.get_logger(__name__)
 
@@ -142,7 +141,8 @@ class DPOTrainer(DurableTrainer):
         if eval_dataset is not None:
             eval_dataset = self.data.prepare_evaluation(eval_dataset)
         self.data.report()
-        self._check_budget(train_dataset, eval_dataset)
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+        check_budget(args, self.layout, {"train": train_dataset, **named})
         self.given_collator = data_collator
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
@@ -152,7 +152,7 @@ class DPOTrainer(DurableTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._collator(data_collator),
+            data_collator=self._collator(),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -204,44 +204,21 @@ class DPOTrainer(DurableTrainer):
         """Each trial of a hyperparameter search has a new model, and perhaps other options: all parts are made anew."""
         model: Any = self._assemble(super().call_model_init(trial))
         self.model = model.to(self.args.device)
-        self.data_collator = self._collator(self.given_collator)
+        self.data_collator = self._collator()
         self._place_reference()
         self._start_counting()
         self.know_run()
         return self.model
 
-    def _collator(self, given: Callable | None) -> Callable:
-        keyed, budget = self.reference.keyed, self.args.max_tokens_per_micro_batch
-        if given is None:
-            multiple = self.args.pad_to_multiple_of
-            return DataCollatorForPreference(
-                self.pad_token_id,
-                self.layout.name,
-                multiple,
-                keyed=keyed,
-                max_tokens=budget,
-                pack_tokens=tokens_of_a_part(self.args, self.objective),
-            )
-        if getattr(given, "max_tokens", None) != budget:
-            raise ValueError(
-                f"--max_tokens_per_micro_batch is {budget}, and the data_collator, which splits batches, has max_tokens "
-                f"{getattr(given, 'max_tokens', None)}: use DataCollatorForPreference(..., max_tokens={budget}) or a subclass "
-                "of it, or set the option to what yours has."
-            )
-        if keyed and not getattr(given, "keyed", False):
-            raise ValueError(
-                "--precompute_ref_log_probs looks log-probs up by the content of completions, which the data_collator does not "
-                "tell: use DataCollatorForPreference(..., keyed=True) or a subclass of it, or leave the option off."
-            )
-        return given
-
-    def _check_budget(self, train: Rows | None, evaluation: Rows | dict[str, Rows] | None) -> None:
-        """Refuse rows that are above it by themselves. Of a stream the collator does."""
-        budget, padded = self.args.max_tokens_per_micro_batch, self.layout.name == "padded"
-        named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-        for name, rows in {"train": train, **named}.items():
-            if budget is not None and isinstance(rows, Dataset):
-                check_rows_fit(rows, name, budget, padded=padded, multiple=self.args.pad_to_multiple_of)
+    def _collator(self) -> Callable:
+        return run_collator(
+            self.given_collator,
+            self.args,
+            layout=self.layout,
+            objective=self.objective,
+            pad_token_id=self.pad_token_id,
+            keyed=self.reference.keyed,
+        )
 
     def _needs(self, model: nn.Module) -> Needs:
         return Needs(
@@ -314,19 +291,16 @@ class DPOTrainer(DurableTrainer):
 
     def _step_of_part(self, model: nn.Module, num_items_in_batch: Any, inputs: dict[str, Any]) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
-        try:
-            with self.scorer.step(), self.activations():
-                return super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            second_model = bool(self.reference.own) and not self.reference.moving
-            advice = MemoryAdvice.of(
-                self.args,
-                second_model=second_model,
-                adapter=isinstance(self.model, PeftModel),
-                splits=self.objective.separable,
-            )
-            message = out_of_memory_message(PairBatch.from_inputs(inputs), advice, str(error))
-            raise torch.OutOfMemoryError(message) from error
+        with explained(inputs, self._memory_advice), self.scorer.step(), self.activations():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _memory_advice(self) -> MemoryAdvice:
+        return MemoryAdvice.of(
+            self.args,
+            second_model=bool(self.reference.own) and not self.reference.moving,
+            adapter=isinstance(self.model, PeftModel),
+            splits=self.objective.separable,
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dpo_trainer"
 
 # Left to right; what shares a place does not import from each other.
 ORDER: list[set[str]] = [
-    {"registry", "batch", "sharding"},
+    {"registry", "batch", "sharding", "engines"},
     {"data"},
     {"attention", "head"},
     {"logprobs"},
@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"config"},
     {"loading"},
     {"checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
-    {"assembly", "run_identity", "run_data", "model_card", "callbacks"},
+    {"assembly", "run_identity", "run_data", "run_collator", "model_card", "callbacks"},
     {"durable"},
     {"precompute"},
     {"trainer"},

@@ -558,7 +558,7 @@ def test_large_batches_are_computed_in_parts_on_a_cpu(tmp_path, monkeypatch, lay
     """8 rows of about 230 tokens in the flat layout, 3 of them in a part; the same as whole."""
     how = {"train": long_rows(16, words=50), "max_steps": 2, "layout": layout}
     parts, sizes = trained(tmp_path / "parts", None, **how)
-    monkeypatch.setattr("dpo_trainer.trainer.tokens_of_a_part", lambda args, objective: None)
+    monkeypatch.setattr("dpo_trainer.run_collator.tokens_of_a_part", lambda args, objective: None)
     whole, at_once = trained(tmp_path / "whole", None, **how)
     assert len(at_once) == 2 < len(sizes)
     assert max(sizes) <= 1024 < min(at_once)

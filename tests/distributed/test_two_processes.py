@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
-from cells import CELLS, EVAL_ROWS, trained_weights
+from cells import CELLS, EVAL_ROWS, run, trained_weights
 from engines import ENGINES
 from launch import ATOL, MEANS, Alone, differences, farthest, together, tolerance
 
@@ -80,6 +82,17 @@ def test_evaluation_of_a_stream_counts_every_pair_once(two, alone):
     want, got = alone.of("stream")["eval of the stream"], two["cells"]["stream"]["eval of the stream"]
     means = [f"eval_{mean}" for mean in MEANS]
     assert {m: got[m] for m in means} == pytest.approx({m: want[m] for m in means}, rel=1e-6, abs=ATOL)
+
+
+@pytest.mark.parametrize("name", [name for name in CELLS if name.startswith("resumed")])
+def test_two_processes_go_on_as_one(name, two, alone, folder, tmp_path):
+    """The checkpoint of two ranks, resumed by one process that has the whole batch and no launcher."""
+    shutil.copytree(folder / name, tmp_path / name)
+    set_seed(0)
+    got = run(name, tmp_path, 1, write_checkpoint=False)
+    for step, by_metric in enumerate(differences(got, alone.of(name)), start=1):
+        assert max(by_metric.values()) <= ATOL, (step, by_metric)
+    assert farthest(trained_weights(name, tmp_path), alone.weights(name)) <= ATOL
 
 
 def test_running_shift_counts_every_pair_once(two, alone):

@@ -1,0 +1,98 @@
+"""What accelerate, FSDP2 and DeepSpeed do to models, where a run must have a say in it.
+
+A reference is prepared as the policy is, an evaluation before training leaves nothing behind, and log-probs are not rounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel, str_to_bool
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainingArguments
+
+STAGE_OF_WEIGHTS = 3
+"""Of ZeRO: the stages before it cut gradients and optimizer alone."""
+
+
+def cuts_weights(args: TrainingArguments) -> bool:
+    """Whether the engine of this run leaves each rank a part of every weight. Known before the engine is there."""
+    zero = args.deepspeed_plugin
+    launched = bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+    return launched or bool(args.fsdp) or (zero is not None and zero.zero_stage == STAGE_OF_WEIGHTS)
+
+
+def prepare_frozen(model: nn.Module, accelerator: Accelerator, args: TrainingArguments) -> nn.Module:
+    """Put a model that is never trained where the policy will be: on its device, under its precision, cut as it is."""
+    zero = accelerator.state.deepspeed_plugin
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, model)
+    if zero is None:
+        model = accelerator.prepare_model(model.to(accelerator.device), evaluation_mode=True)
+        # evaluate() before train() prepares the policy only while accelerate knows of no model yet.
+        accelerator._models.remove(model)
+        return model
+    import deepspeed
+
+    return deepspeed.initialize(model=model, config=_without_training(zero.deepspeed_config, args))[0]
+
+
+def _without_training(config: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """What of the policy's engine concerns weights alone: how they are cut, and what they are held and computed in."""
+    zero = {
+        name: value
+        for name, value in config["zero_optimization"].items()
+        if value != "auto" and not name.startswith("offload_optimizer")
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one, and nothing here reads it
+        "zero_optimization": zero if zero["stage"] == STAGE_OF_WEIGHTS else {"stage": 0},
+        "bf16": {"enabled": bool(args.bf16)},
+        "fp16": {"enabled": bool(args.fp16)},
+    }
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Around an evaluation: one before training leaves nothing behind that training would stumble over.
+
+    accelerate marks what `Trainer` has it prepare for an evaluation, and then hands it out to training as it is: without
+    DDP around it, so that every rank would train a model of its own. FSDP2 it refuses to prepare without an optimizer,
+    and leaves the last weights whole that a forward without backward has gathered: no optimizer would move those.
+
+    Raises:
+        ValueError: before training under DeepSpeed, whose engine for evaluation cannot be trained.
+    """
+    first = not accelerator._models
+    if first and accelerator.state.deepspeed_plugin is not None:
+        raise ValueError(
+            "Under DeepSpeed nothing can be evaluated before train(): say --eval_on_start true, and train() begins with an "
+            "evaluation; or evaluate under accelerate_configs/ddp.yaml or fsdp2.yaml."
+        )
+    if first and accelerator.is_fsdp2:
+        accelerator._models.append(fsdp2_prepare_model(accelerator, model))
+    try:
+        yield
+    finally:
+        if accelerator.is_fsdp2:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        elif first:
+            extract_model_from_parallel(model, keep_fp32_wrapper=False)  # takes autocast off its forward
+            accelerator._models.clear()
+            model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+def keep_outputs_exact(accelerator: Accelerator) -> None:
+    """Accelerate has FSDP2 round what a model returns to the dtype that it computes in: log-probs stay float32."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)

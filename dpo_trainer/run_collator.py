@@ -1,0 +1,55 @@
+"""The collator of a run: ours, as layout, cache and budget want it; one of the user's, refused where it lacks what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from .config import DPOConfig
+from .data import DataCollatorForPreference
+from .data.packs import check_rows_fit
+from .layout import Layout
+from .losses import Objective
+from .micro_batches import tokens_of_a_part
+
+
+def run_collator(
+    given: Callable | None, args: DPOConfig, *, layout: Layout, objective: Objective, pad_token_id: int, keyed: bool
+) -> Callable:
+    """`given`, or ours. `keyed`: whether completions must say what they are, for a cache of reference log-probs.
+
+    Raises:
+        ValueError: for a collator that does not do what an option needs.
+    """
+    budget = args.max_tokens_per_micro_batch
+    if given is None:
+        return DataCollatorForPreference(
+            pad_token_id,
+            layout.name,
+            args.pad_to_multiple_of,
+            keyed=keyed,
+            max_tokens=budget,
+            pack_tokens=tokens_of_a_part(args, objective),
+        )
+    if getattr(given, "max_tokens", None) != budget:
+        raise ValueError(
+            f"--max_tokens_per_micro_batch is {budget}, and the data_collator, which splits batches, has max_tokens "
+            f"{getattr(given, 'max_tokens', None)}: use DataCollatorForPreference(..., max_tokens={budget}) or a subclass "
+            "of it, or set the option to what yours has."
+        )
+    if keyed and not getattr(given, "keyed", False):
+        raise ValueError(
+            "--precompute_ref_log_probs looks log-probs up by the content of completions, which the data_collator does not "
+            "tell: use DataCollatorForPreference(..., keyed=True) or a subclass of it, or leave the option off."
+        )
+    return given
+
+
+def check_budget(args: DPOConfig, layout: Layout, datasets: Mapping[str, Any]) -> None:
+    """Refuse tables with a row that is above `--max_tokens_per_micro_batch` by itself. Of a stream the collator does."""
+    budget = args.max_tokens_per_micro_batch
+    for name, rows in datasets.items():
+        if budget is not None and isinstance(rows, Dataset):
+            check_rows_fit(rows, name, budget, padded=layout.name == "padded", multiple=args.pad_to_multiple_of)
