@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ except ImportError:  # torch < 2.10
 NAME = "dpo_shared_prompt"
 
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+QUERY_BLOCK = 128
+"""Queries of one call on a CPU: fewer gain nothing more (benchmarks/NOTES.md)."""
 
 
 class SegmentsLost(RuntimeError):
@@ -58,19 +63,20 @@ def shared_prompt_attention(
     if _varlen_runs(query, value, dropout, softcap, s_aux):
         return _varlen(query, key, value, segments, scaling, sliding_window), None
 
-    outputs, start = [], 0
-    for n, prefix, n_prefix in zip(segments.length, segments.prefix_start, segments.prefix_length, strict=True):
-        own = slice(start, start + n)
-        keys, values = key[:, :, own], value[:, :, own]
+    # Split once: backward joins the gradients of pieces in one go, where each slice of a row makes a row of zeros.
+    queries, keys, values = (x.split(segments.length, dim=2) for x in (query, key, value))
+    starts = {start: s for s, start in enumerate(accumulate(segments.length, initial=0))}
+    outputs = []
+    for s, (prefix, n_prefix) in enumerate(zip(segments.prefix_start, segments.prefix_length, strict=True)):
+        k, v = keys[s], values[s]
         if n_prefix:
-            keys = torch.cat([key[:, :, prefix : prefix + n_prefix], keys], dim=2)
-            values = torch.cat([value[:, :, prefix : prefix + n_prefix], values], dim=2)
-        queries = query[:, :, own]
+            first = starts[prefix]
+            k = torch.cat([keys[first][:, :, :n_prefix], k], dim=2)
+            v = torch.cat([values[first][:, :, :n_prefix], v], dim=2)
         if softcap is None and s_aux is None:
-            outputs.append(_sdpa(queries, keys, values, segments, scaling, sliding_window, dropout))
+            outputs.append(_sdpa(queries[s], k, v, segments, scaling, sliding_window, dropout))
         else:
-            outputs.append(_written_out(queries, keys, values, scaling, sliding_window, dropout, softcap, s_aux))
-        start += n
+            outputs.append(_written_out(queries[s], k, v, scaling, sliding_window, dropout, softcap, s_aux))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -83,15 +89,21 @@ def _visible(q: int, k: int, window: int | None, device: torch.device) -> Tensor
 def _sdpa(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None, dropout: float
 ) -> Tensor:
-    """torch's kernel: no mask where plain causality is enough, else a mask that all layers of the batch share."""
+    """torch's kernel. On a CPU by blocks of queries, each with the keys up to its last: the kernel computes what it masks."""
+    if query.is_cpu and query.shape[2] > QUERY_BLOCK:
+        before, blocks = key.shape[2] - query.shape[2], []
+        for block in query.split(QUERY_BLOCK, dim=2):
+            before += block.shape[2]
+            keys, values = key[:, :, :before], value[:, :, :before]
+            blocks.append(_sdpa(block, keys, values, segments, scaling, window, dropout))
+        return torch.cat(blocks, dim=2)
+
     q, k = query.shape[2], key.shape[2]
     window = None if window is None or window >= k else window
     plain = q == k and window is None
-    mask = (
-        None
-        if plain
-        else segments.remember((q, k, window, query.device), lambda: _visible(q, k, window, query.device))
-    )
+    mask = None
+    if not plain:  # all layers of the batch share it
+        mask = segments.remember((q, k, window, query.device), lambda: _visible(q, k, window, query.device))
     return F.scaled_dot_product_attention(
         query,
         key,

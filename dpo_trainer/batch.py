@@ -94,9 +94,10 @@ class TokenizedPair:
 class Segments:
     """How attention runs in one flat row: S segments that follow each other and fill it.
 
-    The tokens of a segment see each other causally, after all `prefix_length[s]` tokens that start at
-    `prefix_start[s]`. `prompt | chosen | rejected` is two segments: prompt + chosen without a prefix, and rejected
-    with the prompt as its prefix; every further completion is one more of the latter kind. Lives on the host; the index tensors for variable-length kernels are made on demand.
+    The tokens of a segment see each other causally, after all `prefix_length[s]` tokens that start at `prefix_start[s]`, where
+    another segment starts that is as long at least. `prompt | chosen | rejected` is two segments: prompt + chosen without a
+    prefix, and rejected with the prompt as its prefix; every further completion is one more of the latter kind. Lives on the
+    host; the index tensors for variable-length kernels are made on demand.
     """
 
     length: tuple[int, ...]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -83,23 +82,63 @@ def chunk_size(head: Head, states: Tensor) -> int:
 
 def stats_of(logits: Tensor, targets: Tensor, stats: frozenset[str]) -> dict[str, Tensor]:
     """[B, V] logits -> the log-prob of each target (differentiable) and the extras (not), float32 [B] each."""
-    logits = logits.float()
-    logps = -F.cross_entropy(logits, targets, reduction="none")
-    out = {"logps": logps}
-    with torch.no_grad():
-        if stats & {"entropy", "log_sum_sq"}:
-            probs = logits.softmax(1)
-        if "entropy" in stats:
-            log_normaliser = logits.gather(1, targets[:, None])[:, 0] - logps
-            # A logit of -inf (a padded vocabulary entry) must not turn 0 * -inf into NaN.
-            out["entropy"] = log_normaliser - torch.linalg.vecdot(probs, logits.clamp_min(-1e30))
-        if "log_sum_sq" in stats:
-            out["log_sum_sq"] = torch.linalg.vecdot(probs, probs).log()
-        if "is_top1" in stats:
-            out["is_top1"] = (logits.argmax(1) == targets).float()
-        if "mean_logit" in stats:
-            out["mean_logit"] = logits.mean(1)
-    return out
+    names = sorted(stats)
+    logps, *extras = _TargetLogps.apply(logits, targets, names)
+    return {"logps": logps, **dict(zip(names, extras, strict=True))}
+
+
+class _TargetLogps(torch.autograd.Function):
+    """Log-softmax at the targets, and statistics of the distribution, from one pass of exponentials.
+
+    Backward makes the probabilities again from the logits: a graph of single operations would keep a second array [B, V],
+    and need four of them at its peak. On a CPU a few tokens at a time, so that what is between stays in its cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, names: list[str]) -> tuple[Tensor, ...]:
+        size = _block_size(logits)
+        rows = [_distribution(*block, names) for block in zip(logits.split(size), targets.split(size), strict=True)]
+        normaliser, logps, *extras = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        ctx.save_for_backward(logits, targets, normaliser)
+        ctx.mark_non_differentiable(*extras)
+        return logps, *extras
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+        """d logp / d logits = one-hot of the target - probabilities."""
+        logits, targets, normaliser = ctx.saved_tensors
+        size, out = _block_size(logits), torch.empty_like(logits)
+        for into, *block in zip(*(x.split(size) for x in (out, logits, targets, normaliser, grad)), strict=True):
+            into.copy_(_gradient(*block))
+        return out, None, None
+
+
+def _distribution(logits: Tensor, targets: Tensor, names: list[str]) -> tuple[Tensor, ...]:
+    """[B, V] -> log of the normaliser [B], log-prob of the target [B], and each of `names` [B], float32."""
+    top, first = logits.max(1, keepdim=True)
+    top = top.float()
+    # A logit of -inf (a padded vocabulary entry) must not turn 0 * -inf into NaN.
+    below = (logits.float() - top).clamp_min_(-1e30)
+    exps = below.exp()
+    log_total = exps.sum(1).log()
+    extra = {
+        "entropy": lambda: log_total - torch.linalg.vecdot(exps, below) / log_total.exp(),
+        "log_sum_sq": lambda: torch.linalg.vecdot(exps, exps).log() - 2 * log_total,
+        "is_top1": lambda: (first[:, 0] == targets).float(),
+        "mean_logit": lambda: logits.mean(1, dtype=torch.float32),
+    }
+    logps = (logits.gather(1, targets[:, None]).float() - top)[:, 0] - log_total
+    return top[:, 0] + log_total, logps, *(extra[name]() for name in names)
+
+
+def _gradient(logits: Tensor, targets: Tensor, normaliser: Tensor, grad: Tensor) -> Tensor:
+    negative = (logits.float() - normaliser[:, None]).exp_().mul_(-grad[:, None])
+    return negative.scatter_add_(1, targets[:, None], grad[:, None])
+
+
+def _block_size(logits: Tensor) -> int:
+    """Tokens whose logits take 4 MB on a CPU; on an accelerator all of them."""
+    return max(1, 2**20 // logits.shape[1]) if logits.is_cpu else max(1, len(logits))
 
 
 @contextlib.contextmanager

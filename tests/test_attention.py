@@ -56,9 +56,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # shapes, option
 }
 
 
+@pytest.mark.parametrize("block", [attention.QUERY_BLOCK, 2])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_against_the_mask_written_out(name):
-    """Output, and gradients of queries, keys, values (and sinks)."""
+def test_against_the_mask_written_out(name, block, monkeypatch):
+    """Output, and gradients of queries, keys, values (and sinks); segments in one block of queries, and in several."""
+    assert max(SEGMENTS.length) < attention.QUERY_BLOCK
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     shapes, options = VARIANTS[name]
     if "s_aux" in options:
         options = {**options, "s_aux": SINKS.clone().requires_grad_()}
@@ -93,6 +96,21 @@ def test_the_variants_differ_from_each_other():
     outputs = [shared_prompt_attention(MODULE, *tensors(), None, segments=SEGMENTS, **o)[0] for o in options]
     for a, b in itertools.combinations(outputs, 2):
         assert (a - b).abs().max() > 1e-3
+
+
+def test_blocks_of_queries_do_not_look_at_keys_behind_their_last(monkeypatch):
+    """Pairs of query and key that the kernel is given: those of blocks [2 x 2, 2 x 4, 1 x 5], and not 5 x 5."""
+    given, kernel = [], attention.F.scaled_dot_product_attention
+
+    def counted(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given.append((query.shape[2], key.shape[2]))
+        return kernel(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    segments = Segments(length=(5, 3), prefix_start=(0, 0), prefix_length=(0, 4))
+    shared_prompt_attention(MODULE, *(x[:, :, :8] for x in tensors()), None, segments=segments)
+    assert given == [(2, 2), (2, 4), (1, 5), (2, 6), (1, 7)]
 
 
 def test_samples_of_one_prompt_share_it():

@@ -341,6 +341,35 @@ def test_statistics_by_hand():
     assert out["is_top1"].tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)], ids=str)
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_gradient_of_the_logits_by_blocks(block, dtype, tolerance, monkeypatch):
+    """grad_t (1[v is the target] - p_v), from autograd in float64. The gradient is rounded once to the dtype of the logits.
+
+    Large logits (exponentials alone would overflow), a masked entry of the vocabulary, a target that is certain.
+    """
+    monkeypatch.setattr(head_module, "_block_size", lambda *_: block)
+    numbers = torch.Generator().manual_seed(1)
+    logits = (torch.randn(7, 11, generator=numbers) * 4 + torch.arange(7)[:, None] * 30).to(dtype)
+    logits[:, 4] = -math.inf
+    logits[6, 2] += 500
+    targets, grad = torch.tensor([0, 1, 2, 3, 10, 5, 2]), torch.randn(7, generator=numbers)
+    mine, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+
+    out = stats_of(mine, targets, STATS)
+    want = exact.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(out["logps"].double(), want, rtol=1e-6, atol=1e-5)
+    p = exact.detach().softmax(1)
+    entropy = -(p * p.clamp_min(1e-300).log()).sum(1)
+    torch.testing.assert_close(out["entropy"].double(), entropy, rtol=1e-5, atol=1e-5)
+
+    (got,) = torch.autograd.grad(out["logps"], mine, grad)
+    (reference,) = torch.autograd.grad(want, exact, grad.double())
+    assert got.dtype == dtype
+    assert reference.abs().max() > 0.5
+    torch.testing.assert_close(got.double(), reference, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("head", ["plain", "soft cap", "logit scale", "lora on it"])
 def test_statistics_against_the_full_softmax(head, layout):
