@@ -26,6 +26,10 @@ from dpo_trainer.config import DPOConfig  # noqa: E402
 from dpo_trainer.losses import LOSSES  # noqa: E402
 from dpo_trainer.losses.record import SUPPLIED  # noqa: E402
 from dpo_trainer.metrics import METRICS  # noqa: E402
+from dpo_trainer.online import judges as _  # noqa: E402  # registers them
+from dpo_trainer.online.config import OnlineDPOConfig  # noqa: E402
+from dpo_trainer.online.feedback import JUDGES  # noqa: E402
+from dpo_trainer.online.metrics import ONLINE_METRICS, TALLIED  # noqa: E402
 
 REGION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
@@ -47,6 +51,28 @@ METRIC_MEANINGS = {
     "tokens_per_second": "of training since the last line, evaluation left out",
 }
 """What the log line shows: those of `METRICS`, and the two that `DPOTrainer.log` adds."""
+
+ONLINE_MEANINGS = {
+    "objective/kl": "log-prob under the policy minus under the reference, nats per completion: an estimate of the KL divergence",
+    "objective/entropy": "of the policy at each completion token, nats",
+    "objective/scores": "score of a completion, after `--missing_eos_penalty`, mean over all that were sampled",
+    "objective/scores_margin": "best minus worst score of a prompt",
+    "val/contain_eos_token": "share of completions that ended by themselves",
+    "completions/length": "tokens of a completion",
+    "tie_rate": "share of prompts whose completions all have one score: nothing is learnt from them",
+    "failed_rate": "share of prompts with fewer than two judged completions: not trained on",
+    "staleness": "optimizer steps between sampling and training (`--generate_every`)",
+    "win_rate": "evaluation: how often a sampled answer beats the reference's, ties count half",
+    "scores/reference": "evaluation: score of the reference's answers",
+    "objective/non_score_reward": "minus `beta` times objective/kl",
+    "objective/rlhf_reward": "objective/scores plus that: what RLHF maximises",
+    "scores/NAME": "of each reward by itself, before its weight",
+    "JUDGE/NAME": "what judge or rewards count, since the start: calls, failures, cost",
+    "beta": "of the epoch at hand",
+    "sampling/tokens_per_second": "sampled on this process",
+    "sampling/share_of_time": "of the time since the last line, generation alone",
+}
+"""What online DPO adds to it."""
 
 
 # --- the regions ---
@@ -84,8 +110,30 @@ def metrics() -> str:
     return table(["metric", "meaning"], [[f"`{name}`", METRIC_MEANINGS[name]] for name in logged])
 
 
+def online_metrics() -> str:
+    known = {*TALLIED, *(set(ONLINE_METRICS) - set(METRICS))}
+    if known - set(ONLINE_MEANINGS):
+        raise SystemExit(f"ONLINE_MEANINGS in {__file__} lacks {sorted(known - set(ONLINE_MEANINGS))}: add their lines.")
+    return table(["metric", "meaning"], [[f"`{name}`", meaning] for name, meaning in ONLINE_MEANINGS.items()])
+
+
 def config() -> str:
     return options_by_section(DPOConfig)
+
+
+def online_config() -> str:
+    return options_by_section(OnlineDPOConfig)
+
+
+def judges() -> str:
+    rows = []
+    for name in JUDGES:
+        judge = JUDGES[name]
+        if not judge.__module__.startswith("dpo_trainer."):
+            continue  # registered by a user's module in this process
+        options = ", ".join(f"`{option}`" for option in inspect.signature(judge).parameters)
+        rows.append([f"`{name}`", cell(inspect.getdoc(judge).split("\n\n")[0].replace("\n", " ")), options])
+    return table(["`--judge`", "what it does", "options (`--judge_kwargs`)"], rows)
 
 
 def script_options() -> str:
@@ -147,6 +195,9 @@ REGIONS: dict[str, Callable[[], str]] = {
     "loss-notes": loss_notes,
     "metrics": metrics,
     "config": config,
+    "online-config": online_config,
+    "online-metrics": online_metrics,
+    "judges": judges,
     "script-options": script_options,
     "speed": speed,
     "tokenization": tokenization,

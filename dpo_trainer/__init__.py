@@ -1,6 +1,7 @@
 """Direct Preference Optimization that computes each token once.
 
 from dpo_trainer import DPOConfig, DPOTrainer, DataCollatorForPreference, register_loss
+from dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer, register_judge
 """
 
 from __future__ import annotations
@@ -16,14 +17,28 @@ _HOMES = {
     "DPOTrainer": "trainer",
     "DataCollatorForPreference": "data.collate",
     "Objective": "losses",
+    "OnlineDPOConfig": "online.config",
+    "OnlineDPOTrainer": "online.trainer",
+    "register_judge": "online.feedback",
     "register_loss": "losses",
 }
-__all__ = ["DPOConfig", "DPOTrainer", "DataCollatorForPreference", "Objective", "__version__", "register_loss"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "DataCollatorForPreference",
+    "Objective",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
+    "__version__",
+    "register_judge",
+    "register_loss",
+]
 
 if TYPE_CHECKING:
     from .config import DPOConfig
     from .data.collate import DataCollatorForPreference
     from .losses import Objective, register_loss
+    from .online import OnlineDPOConfig, OnlineDPOTrainer, register_judge
     from .trainer import DPOTrainer
 
 

@@ -9,8 +9,9 @@ tokens over tokens, on all ranks, since the last line; rows that only fill an un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,7 +56,9 @@ class StepParts:
         return self.beta * (policy if self.reference is None else policy - getattr(self.reference, side))
 
 
-METRICS: dict[str, Callable[[StepParts], Tensor]] = {
+Metric: TypeAlias = Callable[[StepParts], Tensor]
+
+METRICS: dict[str, Metric] = {
     "loss": lambda s: s.of_pairs(s.losses, s.batch.weight),
     "rewards/chosen": lambda s: s.of_pairs(s.reward("chosen")),
     "rewards/rejected": lambda s: s.of_pairs(s.reward("rejected")),
@@ -112,13 +115,21 @@ class MetricSums:
     """Sums since the last log line. `add` launches a few kernels and waits for nothing.
 
     Args:
+        metrics: the table, by name.
         aux_loss: whether the model has a load-balancing loss to report.
         also: somebody else who looks at every micro-batch.
     """
 
-    def __init__(self, *, aux_loss: bool, also: Callable[[StepParts], None] = lambda parts: None):
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric],
+        *,
+        aux_loss: bool,
+        also: Callable[[StepParts], None] = lambda parts: None,
+    ):
         self.also = also
-        self.names = [name for name in METRICS if aux_loss or name != "aux_loss"]
+        self.metrics = {name: metric for name, metric in metrics.items() if aux_loss or name != "aux_loss"}
+        self.names = list(self.metrics)
         self.clear()
 
     def clear(self) -> None:
@@ -135,7 +146,7 @@ class MetricSums:
 
     @torch.no_grad()
     def add(self, parts: StepParts) -> None:
-        table = torch.stack([METRICS[name](parts) for name in self.names])
+        table = torch.stack([metric(parts) for metric in self.metrics.values()])
         table = table.to(widest_float(table.device))
         self.table = table if self.table is None else self.table + table
         self.num_tokens += parts.batch.num_tokens

@@ -26,6 +26,8 @@ WORDS = {
     "optimizer": "the optimizer (--optim)",
     "engine": "the processes of DeepSpeed, each of which keeps a part of the optimizer",
     "order": "the rows of a step",
+    "sampling": "the sampling of completions",
+    "feedback": "who gives feedback",
 }
 """What makes two runs the same, as a message names it."""
 

@@ -43,7 +43,7 @@ from .fillers import refuse_empty_rounds, unweigh_fillers
 from .loading import load_tokenizer, weights_beside_adapter
 from .logprobs import base_model
 from .losses import Objective
-from .metrics import FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
+from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
 from .micro_batches import (
     check_splits,
     even_parts,
@@ -91,6 +91,7 @@ class DPOTrainer(DurableTrainer):
     """
 
     _tag_names = ("dpo_trainer", "dpo")
+    _metrics = METRICS
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class DPOTrainer(DurableTrainer):
         self.args, self.processing_class = args, processing_class
         self.pad_token_id = check_tokenizer(processing_class)
         model = self._assemble(start)
-        self.data = RunData(args, processing_class, self._needs(model))
+        self.data = self._make_data(model)
         self.data_reports = self.data.reports
         if train_dataset is not None:
             train_dataset = self.data.prepare(train_dataset, "train")
@@ -142,7 +143,7 @@ class DPOTrainer(DurableTrainer):
             eval_dataset = self.data.prepare_evaluation(eval_dataset)
         self.data.report()
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        check_budget(args, self.layout, {"train": train_dataset, **named})
+        self._check_budget({"train": train_dataset, **named})
         self.given_collator = data_collator
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
@@ -193,8 +194,8 @@ class DPOTrainer(DurableTrainer):
     def _start_counting(self) -> None:
         has_router = self.objective.router_weight > 0
         self.metrics = {
-            "train": MetricSums(aux_loss=has_router, also=self.watch.watch),
-            "eval": MetricSums(aux_loss=has_router),
+            "train": MetricSums(self._metrics, aux_loss=has_router, also=self.watch.watch),
+            "eval": MetricSums(self._metrics, aux_loss=has_router),
         }
         self.falling_chosen = FallingChosenWarning(self.args.beta, has_reference=self.objective.needs_reference)
         self.num_tokens = 0
@@ -209,6 +210,13 @@ class DPOTrainer(DurableTrainer):
         self._start_counting()
         self.know_run()
         return self.model
+
+    def _make_data(self, model: nn.Module) -> Any:
+        """Whoever makes rows of the datasets of this run ready (run_data.py)."""
+        return RunData(self.args, self.processing_class, self._needs(model))
+
+    def _check_budget(self, datasets: dict[str, Any]) -> None:
+        check_budget(self.args, self.layout, datasets)
 
     def _collator(self) -> Callable:
         return run_collator(
@@ -346,6 +354,7 @@ class DPOTrainer(DurableTrainer):
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
         means, _ = self.metrics["eval"].reduce(self.sum_over_ranks, self.args.device)
+        means = self._with_more(means, "eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._logged_at += time.perf_counter() - began  # tokens_per_second is about training
         return output
@@ -353,6 +362,7 @@ class DPOTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a line of training; evaluation brings its own means
             means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
+            means = self._with_more(means, "train")
             now = time.perf_counter()
             self.num_tokens += tokens
             ours = {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
@@ -362,6 +372,10 @@ class DPOTrainer(DurableTrainer):
             self._logged_at = now
             self.falling_chosen.look(means, self.state.global_step)
         super().log(logs, start_time)
+
+    def _with_more(self, means: dict[str, float], split: str) -> dict[str, float]:
+        """For a subclass: the means of a log line, and what else it shows. Called on all ranks."""
+        return means
 
     def _gather_pairs(self, values: Any) -> Any:
         """Tensors [pairs, ...] of all ranks. Rows may have several pairs, so that ranks differ in how many they hold, and

@@ -19,14 +19,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
 from dpo_trainer.cli import parse_args
-
-if TYPE_CHECKING:
-    from dpo_trainer import DPOConfig, DPOTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,30 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if "output_dir" not in given and config.process_index == 0:
         print(f"No --output_dir was given: writing to {config.output_dir}.")
-    from dpo_trainer.cli.build import build_trainer  # slow to import, and --help does without
+    from dpo_trainer.cli.build import build_trainer, train_and_save  # slow to import, and --help does without
 
-    run(build_trainer(script, model, config), config)
-
-
-def run(trainer: DPOTrainer, config: DPOConfig) -> None:
-    """Train, evaluate where there is something to evaluate on, save."""
-    from dpo_trainer.durable import STOPPED_BY_SIGNAL
-
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    if trainer.stopped_by_signal:
-        raise SystemExit(STOPPED_BY_SIGNAL)
-    report(trainer, "train", result.metrics)
-    trainer.save_state()
-    if trainer.eval_dataset is not None:
-        report(trainer, "eval", trainer.evaluate())
-    trainer.save_model()
-    if config.push_to_hub:
-        trainer.push_to_hub()
-
-
-def report(trainer: DPOTrainer, split: str, metrics: dict[str, Any]) -> None:
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    train_and_save(build_trainer(script, model, config))
 
 
 if __name__ == "__main__":

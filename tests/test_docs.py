@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from dpo_trainer.config import DPOConfig
 from dpo_trainer.inspection.arguments import InspectionArguments
 from dpo_trainer.losses import LOSSES
 from dpo_trainer.metrics import METRICS
+from dpo_trainer.online.config import OnlineDPOConfig
+from dpo_trainer.online.feedback import JUDGES
+from dpo_trainer.online.metrics import ONLINE_METRICS, TALLIED
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *DOCS]
@@ -35,6 +39,17 @@ def load_generator():
 
 
 generate = load_generator()
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+judge_win_rate = load_script("judge_win_rate")
 
 
 def page_id(page: Path) -> str:
@@ -115,6 +130,10 @@ def test_tables_have_every_loss_metric_and_option():
     assert rows_of(generate.losses()) == [name for name in LOSSES if LOSSES[name].builtin]
     assert set(rows_of(generate.metrics())) >= set(METRICS)
     assert set(rows_of(generate.config())) == {name for name in DPOConfig.__annotations__ if name[0] != "_"}
+    own = {name for name in OnlineDPOConfig.__annotations__ if name[0] != "_"}
+    assert set(rows_of(generate.online_config())) == own - {"beta"}, "beta is in the text"
+    assert set(rows_of(generate.online_metrics())) >= {*TALLIED, *ONLINE_METRICS} - set(METRICS)
+    assert set(rows_of(generate.judges())) >= {"llm", "length", "pair_model"}
     for name in rows_of(generate.losses()):
         equation, paper = re.split(r"(?<!\\)\|", generate.losses().split(f"| `{name}`")[1])[1:3]
         assert re.fullmatch(r" `L\S* = .+` ", equation), name
@@ -126,11 +145,11 @@ def test_tables_have_every_loss_metric_and_option():
 
 @pytest.mark.parametrize("page", [page for page in DOCS if "```python" in page.read_text()], ids=page_id)
 def test_python_blocks_run_and_print_what_the_page_says(page, checkout):
-    registered = dict(LOSSES._items)
+    registered = dict(LOSSES._items), dict(JUDGES._items)
     try:
         ran = run_python(page, checkout)
     finally:
-        LOSSES._items = registered  # without what the page registers
+        LOSSES._items, JUDGES._items = registered  # without what the page registers
     assert ran
     for block, printed in ran:
         assert (block.output is None) == (not printed.strip()), f"{block.where}: shown and printed output differ"
@@ -158,7 +177,13 @@ def test_commands_name_files_and_flags_that_exist(command, checkout):
     for word in words:
         if "/" in word and word.endswith((".py", ".yaml")):
             assert (ROOT / word).is_file(), word
-    if "scripts/dpo.py" in words:
+    if "scripts/dpo_online.py" in words:
+        parse_args(words[words.index("scripts/dpo_online.py") + 1 :], OnlineDPOConfig)
+    elif words[1:2] == ["scripts/judge_win_rate.py"]:
+        HfArgumentParser(judge_win_rate.Arguments, allow_abbrev=False).parse_args_into_dataclasses(words[2:])
+    elif words[1:2] == ["scripts/plot_scaling.py"]:
+        assert set(re.findall("--([a-z]+)", command)) <= {"output", "title"}
+    elif "scripts/dpo.py" in words:
         (checkout / "my_losses.py").write_text(loss_of_the_page())
         registered = dict(LOSSES._items)
         parse_args(words[words.index("scripts/dpo.py") + 1 :])
@@ -221,8 +246,8 @@ def test_options_that_pages_name_exist(page):
 
 
 def generate_kinds() -> list[type]:
-    ours = [DPOConfig, generate.ScriptArguments, generate.ModelArguments, InspectionArguments, CacheArguments]
-    return [*ours, TrainingArguments]
+    ours = [OnlineDPOConfig, generate.ScriptArguments, generate.ModelArguments, InspectionArguments, CacheArguments]
+    return [*ours, judge_win_rate.Arguments, TrainingArguments]
 
 
 def test_every_page_is_linked_from_the_readme_and_has_a_title():

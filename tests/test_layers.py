@@ -29,6 +29,7 @@ ORDER: list[set[str]] = [
     {"durable"},
     {"precompute"},
     {"trainer"},
+    {"online"},
     {"demo", "cli"},
     {"inspection"},
     {"scripts"},

@@ -98,7 +98,7 @@ def parts(*, reference: bool = True, weight: tuple[float, ...] = (1.0, 3.0, 0.0)
 
 
 def reduced(*micro_batches: StepParts) -> dict[str, float]:
-    sums = MetricSums(aux_loss=True)
+    sums = MetricSums(METRICS, aux_loss=True)
     for micro_batch in micro_batches:
         sums.add(micro_batch)
     return sums.reduce(lambda table: table, torch.device("cpu"))[0]
@@ -150,7 +150,7 @@ def test_a_completion_in_the_middle_of_a_ranking_is_on_both_sides():
 
 
 def test_sums_start_anew_after_a_line():
-    sums = MetricSums(aux_loss=False)
+    sums = MetricSums(METRICS, aux_loss=False)
     sums.add(parts())
     first, tokens = sums.reduce(lambda table: table, torch.device("cpu"))
     assert tokens == 12
@@ -165,7 +165,7 @@ def test_reduction_is_one_collective():
         calls.append(table)
         return 2 * table
 
-    sums = MetricSums(aux_loss=True)
+    sums = MetricSums(METRICS, aux_loss=True)
     for _ in range(3):
         sums.add(parts())
     got, tokens = sums.reduce(over_two_ranks, torch.device("cpu"))

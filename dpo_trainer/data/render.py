@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..batch import Message, Pair
+from ..batch import Message, Pair, Text
 from .errors import bad, clean
 
 MARKS = re.compile("[\U000f0000\U000f0001]")
@@ -49,6 +49,19 @@ def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | No
         texts = [f"{pair.prompt}{completion}" for completion in pair.completions]
         found = control is not None and any(map(control.search, texts))
         return Rendered(pair.prompt, texts, [[]] * len(texts), templated=False, control_text=found)
+    return _conversation(pair, tokenizer, where, control).rendered()
+
+
+def render_prompt(prompt: Text, tokenizer: Any, where: str, control: re.Pattern[str] | None) -> Rendered:
+    """A prompt that waits for an answer, without one."""
+    if isinstance(prompt, str):
+        found = control is not None and control.search(prompt) is not None
+        return Rendered(prompt, [], [], templated=False, control_text=found)
+    conversation = _conversation(Pair(prompt=prompt, chosen="", rejected=""), tokenizer, where, control)
+    return Rendered(conversation.start(), [], [], templated=True, control_text=conversation.as_ids)
+
+
+def _conversation(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None) -> _Conversation:
     found = control is not None and any(map(control.search, strings_of(pair)))
     if not tokenizer.chat_template:
         raise ValueError(
@@ -57,7 +70,7 @@ def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | No
         )
     if control is not None and found:
         _check_can_stay_text(pair, where, control)
-    return _Conversation(pair, tokenizer, where, as_ids=found).rendered()
+    return _Conversation(pair, tokenizer, where, as_ids=found)
 
 
 def strings_of(pair: Pair) -> Iterator[str]:
@@ -113,12 +126,14 @@ class _Conversation:
         self.continued = self.prompt[-1]["role"] == "assistant"
 
     def rendered(self) -> Rendered:
-        start = self._text(
-            self.prompt, add_generation_prompt=not self.continued, continue_final_message=self.continued
-        )
+        start = self.start()
         wholes = [self._text(self._joined(completion)) for completion in self.completions]
         edges = [self._edges(number, start, whole) for number, whole in enumerate(wholes)]
         return Rendered(start, wholes, edges, templated=True, control_text=self.as_ids)
+
+    def start(self) -> Any:
+        """The prompt, up to where the answer begins."""
+        return self._text(self.prompt, add_generation_prompt=not self.continued, continue_final_message=self.continued)
 
     def _text(self, messages: list[Message], **how: bool) -> Any:
         how |= {"sanitize_control_tokens": True, "return_dict": False} if self.as_ids else {}

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..batch import ONE_PAIR, Pair, Stretch
+from ..batch import ONE_PAIR, Pair, Stretch, Text
 from .encode import encode_from_one_head
 from .ends import Ends
 from .errors import clean
 from .implicit import shared_length
 from .messages import is_blank
-from .render import Rendered, completion_name, control_tokens, render
+from .render import Rendered, completion_name, control_tokens, render, render_prompt
 from .report import Flag
 from .truncate import PairIds
 
@@ -33,15 +33,41 @@ def tokenize_pairs(
     """
     control = None if allow_special_tokens_in_text else control_tokens(tokenizer)
     rows = [render(pair, tokenizer, row, control) for pair, row in zip(pairs, where, strict=True)]
+    ids = _encode_all(tokenizer, rows, where, allow_special_tokens_in_text)
+    ends = Ends.of(tokenizer)
+    return [_pair_ids(*row, tokenizer, ends) for row in zip(pairs, rows, ids, where, strict=True)]
+
+
+def tokenize_prompts(
+    prompts: Sequence[Text], tokenizer: Any, where: Sequence[str], *, allow_special_tokens_in_text: bool = False
+) -> list[list[int]]:
+    """Token ids of each prompt, up to where its answer begins, by the rules of `tokenize_pairs`."""
+    control = None if allow_special_tokens_in_text else control_tokens(tokenizer)
+    rows = [render_prompt(prompt, tokenizer, row, control) for prompt, row in zip(prompts, where, strict=True)]
+    encoded = _encode_all(tokenizer, rows, where, allow_special_tokens_in_text)
+    ends = Ends.of(tokenizer)
+    return [
+        _prompt_ids(row, ids[0], ends) or [ends.bos_instead_of_prompt(at)]
+        for row, ids, at in zip(rows, encoded, where)
+    ]
+
+
+def _encode_all(tokenizer: Any, rows: list[Rendered], where: Sequence[str], allow_special: bool) -> list[list]:
+    """Of each row, the token ids of all its texts: plain text and conversations by one call each."""
     ids: list[list] = [[]] * len(rows)
     for templated in (False, True):
         at = [index for index, row in enumerate(rows) if row.templated == templated]
-        how = {"add_special_tokens": not templated, "control_as_text": not (templated or allow_special_tokens_in_text)}
+        how = {"add_special_tokens": not templated, "control_as_text": not (templated or allow_special)}
         encoded = _encode_rows(tokenizer, [rows[i] for i in at], [where[i] for i in at], **how)
         for index, of_row in zip(at, encoded, strict=True):
             ids[index] = of_row
-    ends = Ends.of(tokenizer)
-    return [_pair_ids(*row, tokenizer, ends) for row in zip(pairs, rows, ids, where, strict=True)]
+    return ids
+
+
+def _prompt_ids(texts: Rendered, ids: list[int], ends: Ends) -> list[int]:
+    if texts.templated:
+        return ids
+    return ends.without_own_eos(ends.without_second_bos(ids), f"{texts.prompt}", as_text=texts.control_text)
 
 
 def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: bool) -> list[list]:
@@ -61,10 +87,10 @@ def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: 
 def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tokenizer: Any, ends: Ends) -> PairIds:
     """Cut the tokenized texts of a row at the boundary that they share."""
     count = len(pair.completions)
+    prompt = _prompt_ids(texts, ids[0], ends)
     if not texts.templated:
         ids = [ends.without_second_bos(text) for text in ids]
-        ids[0] = ends.without_own_eos(ids[0], f"{pair.prompt}", as_text=texts.control_text)
-    prompt, wholes, edges = ids[0], ids[1 : 1 + count], iter(ids[1 + count :])
+    wholes, edges = ids[1 : 1 + count], iter(ids[1 + count :])
     blank = [is_blank(completion) for completion in pair.completions]
     end = _shared_end(prompt, wholes, blank)
     if texts.templated and not end:

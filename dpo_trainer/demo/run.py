@@ -81,7 +81,7 @@ def run_demo(config: DPOConfig, given: Collection[str]) -> DemoResult | None:
     config = demo_config(config, given)
     if config.process_index == 0:
         print(_announcement(config))
-    with _one_thread():
+    with one_thread():
         with config.main_process_first(desc="the demo's base model"):
             base = demo_model_and_tokenizer(seed=config.seed)
         if config.process_index == 0:
@@ -238,7 +238,7 @@ class _SavedSteps(TrainerCallback):
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Matrices this small gain little from a second thread, and lose a factor of ten to it when the machine is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

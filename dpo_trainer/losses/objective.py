@@ -80,6 +80,13 @@ class Objective:
             divergence=divergence_by_name(args.f_divergence_type, args.f_alpha_divergence_coef),
         )
 
+    def set_beta(self, beta: float) -> None:
+        """Go on with another beta, in every loss that has one."""
+        self.beta = beta
+        for term in self.terms:
+            if "beta" in term.hyperparameters:
+                term.hyperparameters["beta"] = beta
+
     @property
     def needs_reference(self) -> bool:
         return not self.reference_free and any(term.loss.needs_reference for term in self.terms)

@@ -21,8 +21,8 @@ def load_loss_module(path_or_module: str) -> list[str]:
     """
     is_file = path_or_module.endswith(".py") or os.sep in path_or_module or Path(path_or_module).is_file()
     try:
-        module = _load_file(Path(path_or_module)) if is_file else importlib.import_module(path_or_module).__name__
-    except _NoSuchFile as error:
+        module = load_file(Path(path_or_module)) if is_file else importlib.import_module(path_or_module).__name__
+    except NoSuchFile as error:
         raise ValueError(
             f"--loss_module {path_or_module}: there is no such file in {Path.cwd()}. Give the path of a Python file, or "
             "the dotted name of an importable module."
@@ -42,14 +42,14 @@ def load_loss_module(path_or_module: str) -> list[str]:
     return names
 
 
-class _NoSuchFile(Exception):
+class NoSuchFile(Exception):
     pass
 
 
-def _load_file(path: Path) -> str:
+def load_file(path: Path) -> str:
     """Execute a file as a module of its own, unless this very text has been executed. Returns the module's name."""
     if not path.is_file():
-        raise _NoSuchFile(path)
+        raise NoSuchFile(path)
     path, text = path.resolve(), path.read_bytes()
     name = f"loss_module_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if _loaded.get(name) == text:

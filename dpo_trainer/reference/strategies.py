@@ -29,6 +29,10 @@ class Reference(Protocol):
         `policy` is the model in training as it is wrapped now. None stands for log-probs of 0 (no reference).
         """
 
+    def in_place(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module | None]:
+        """The reference as a model, for as long as the context lasts: to generate with. None where there is no model."""
+        return contextlib.nullcontext()
+
     description: str
     """One line for the log and the model card."""
 
@@ -98,6 +102,9 @@ class FrozenModel(Reference):
         with torch.no_grad():
             return self.scorer(self.model, batch, extras=False)
 
+    def in_place(self, policy: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        return contextlib.nullcontext(self.model)
+
     def place(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
         self.model = prepare(self.model)
         self.own = [(self.scorer, self.model)]
@@ -135,14 +142,14 @@ class DisabledAdapter(Reference):
         self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
-        peft_model: PeftModel = extract_model_from_parallel(policy)
-        with (
-            torch.no_grad(),
-            evaluation_mode(peft_model),
-            _same_trainable_after(peft_model),
-            peft_model.disable_adapter(),
-        ):
+        with torch.no_grad(), self.in_place(policy):
             return self.scorer(policy, batch, extras=False)
+
+    @contextlib.contextmanager
+    def in_place(self, policy: nn.Module) -> Iterator[nn.Module]:
+        peft_model: PeftModel = extract_model_from_parallel(policy)
+        with evaluation_mode(peft_model), _same_trainable_after(peft_model), peft_model.disable_adapter():
+            yield peft_model
 
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
         return identify(policy, precision=precision)
@@ -161,11 +168,16 @@ class NamedAdapter(Reference):
         self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
+        with torch.no_grad(), self.in_place(policy):
+            return self.scorer(policy, batch, extras=False)
+
+    @contextlib.contextmanager
+    def in_place(self, policy: nn.Module) -> Iterator[nn.Module]:
         peft_model = extract_model_from_parallel(policy)
-        with torch.no_grad(), evaluation_mode(peft_model), _same_trainable_after(peft_model):
+        with evaluation_mode(peft_model), _same_trainable_after(peft_model):
             peft_model.set_adapter(self.reference_adapter)
             try:
-                return self.scorer(policy, batch, extras=False)
+                yield peft_model
             finally:
                 peft_model.set_adapter(self.policy_adapter)
 

@@ -1,0 +1,187 @@
+"""Online DPO beside TRL's experimental trainer: completions per second, peak memory, and what is learnt in equal steps.
+
+    python benchmarks/online.py --data-dir <folder>                   about 20 minutes of one core
+    python benchmarks/online.py --part speed --repeats 1
+
+Both get the same prompts of HH, initial weights, reward (the share of letters that are an "e"), batch, limit of new tokens and
+temperature, two completions for each prompt; they draw other random numbers. Speed: the model of the suite, the steps after
+the first. Learning: a smaller model, one curve for each seed.
+
+Writes `benchmarks/results/online.json` and `.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import jobs
+from cases import MODEL, Case
+
+SIDES = ("ours", "trl")
+SMALL = MODEL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+PARTS: dict[str, dict[str, Any]] = {
+    "speed": {"model": MODEL, "steps": 3, "max_new_tokens": 64, "learning_rate": 5e-5, "seeds": (0,)},
+    "learning": {"model": SMALL, "steps": 30, "max_new_tokens": 32, "learning_rate": 5e-4, "seeds": (0, 1, 2)},
+}
+LAST = 5  # steps that the learnt reward is a mean of
+
+
+def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [text.lower().count("e") / max(1, len(text)) for text in completions]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side, of the speed")
+    parser.add_argument("--measure", nargs=2, type=Path, metavar=("JOB", "RESULT"), help="used by the command itself")
+    jobs.add_arguments(parser)
+    options = parser.parse_args()
+    if options.measure:
+        job, result = options.measure
+        result.write_text(json.dumps(measure(json.loads(job.read_text()))))
+        return 0
+    runs = [run for part in options.part for run in runs_of(part, options)]
+    record = {"date": date.today().isoformat(), "machine": jobs.machine(), "runs": runs}
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "online.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.results / "online.md").write_text(as_markdown(record))
+    print(as_markdown(record))
+    return 0
+
+
+def runs_of(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    settings = PARTS[part]
+    case = Case("online", "hh", {}, steps=settings["steps"], model=settings["model"], max_length=512)
+    prepared = jobs.prepare(case, options)
+    repeats = options.repeats if part == "speed" else 1
+    runs = []
+    for seed in (seed for _ in range(repeats) for seed in settings["seeds"]):
+        for side in SIDES:
+            job = {
+                "side": side,
+                "seed": seed,
+                "prompts": [row["prompt"] for row in prepared["rows"]],
+                "batch": case.batch,
+                **{name: prepared[name] for name in ("model", "tokenizer", "threads")},
+                **{name: value for name, value in settings.items() if name != "seeds"},
+                "steps": settings["steps"] + case.warm_up,
+                "model": prepared["model"],
+            }
+            figures = {"part": part, "side": side, "seed": seed, **run(side, job, options)}
+            print({name: value for name, value in figures.items() if name != "rewards"}, flush=True)
+            runs.append(figures)
+    return runs
+
+
+def run(side: str, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    environment |= {"TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONPATH": str(jobs.ROOT) if side == "ours" else ""}
+    python = sys.executable if side == "ours" else options.trl_python
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder, "job.json"), Path(folder, "result.json")
+        given.write_text(json.dumps(job))
+        subprocess.run([python, __file__, "--measure", str(given), str(result)], check=True, env=environment)
+        return json.loads(result.read_text())
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from datasets import disable_progress_bars
+    from one_run import build_model, peak_rss_gb
+    from watching import Clock
+
+    torch.set_num_threads(job["threads"])
+    disable_progress_bars()
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_model(job["model"], job["model"]["vocab_size"], 0)
+        trainer = trainer_of(job, model, folder, clock)
+        trainer.train()
+    counted = (job["steps"] - 1) * job["batch"] * 2
+    cpu_s, wall_s = clock.cost()
+    return {
+        "completions_per_cpu_s": counted / cpu_s,
+        "completions_per_wall_s": counted / wall_s,
+        "peak_rss_gb": peak_rss_gb(),
+        "sampling": [line.get("sampling/share_of_time") for line in trainer.state.log_history],
+        "rewards": [line["objective/scores"] for line in trainer.state.log_history if "objective/scores" in line],
+    }
+
+
+def trainer_of(job: dict[str, Any], model: Any, folder: str, clock: Any) -> Any:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    arguments = {
+        "output_dir": folder,
+        "per_device_train_batch_size": job["batch"],
+        "max_steps": job["steps"],
+        "max_new_tokens": job["max_new_tokens"],
+        "max_length": 512,
+        "temperature": 0.9,
+        "beta": [0.1],
+        "learning_rate": job["learning_rate"],
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": job["seed"],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    parts = {
+        "model": model,
+        "reward_funcs": letters,
+        "train_dataset": Dataset.from_list([{"prompt": prompt} for prompt in job["prompts"]]),
+        "processing_class": AutoTokenizer.from_pretrained(job["tokenizer"]),
+        "callbacks": [clock],
+    }
+    if job["side"] == "trl":
+        from one_run import build_model
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+        # It makes its reference by loading the policy again by name, and a model made here has none.
+        parts["ref_model"] = build_model(job["model"], job["model"]["vocab_size"], 0)
+    else:
+        from dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer
+    return OnlineDPOTrainer(args=OnlineDPOConfig(**arguments), **parts)
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    lines = [
+        f"{record['date']}, {machine['cpu']} ({machine['cores']} cores), 1 thread, float32; `python benchmarks/online.py`.",
+        "",
+    ]
+    lines += ["| | TRL 1.16 | dpo_trainer | |", "| --- | --- | --- | --- |"]
+    speed = {side: [run for run in record["runs"] if (run["part"], run["side"]) == ("speed", side)] for side in SIDES}
+    if speed["ours"] and speed["trl"]:
+        for key, name in (("completions_per_cpu_s", "completions per CPU second"), ("peak_rss_gb", "peak memory, GB")):
+            ours, trl = (median(run[key] for run in speed[side]) for side in ("ours", "trl"))
+            lines.append(f"| {name} | {trl:.2f} | {ours:.2f} | **{ours / trl:.2f}x** |")
+        shares = [share for run in speed["ours"] for share in run["sampling"][1:] if share is not None]
+        lines.append(f"| share of time that is sampling | | {mean(shares):.0%} | |")
+    learning = [run for run in record["runs"] if run["part"] == "learning"]
+    for seed in sorted({run["seed"] for run in learning}):
+        first, last = {}, {}
+        for run in learning:
+            if run["seed"] == seed:
+                first[run["side"]], last[run["side"]] = mean(run["rewards"][:LAST]), mean(run["rewards"][-LAST:])
+        cells = [f"{first[side]:.3f} to {last[side]:.3f}" for side in ("trl", "ours")]
+        lines.append(f"| reward, first to last {LAST} steps, seed {seed} | {cells[0]} | {cells[1]} | |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Online DPO: prompts -> sampled completions -> feedback -> pairs, and then `DPOTrainer` as it is.
+
+prompts.py, generation.py -> samples.py -> feedback.py: rewards.py, reward_model.py; judges.py (rules, LLM, pair model)
+pairing.py, rounds.py, metrics.py -> trainer.py                 win_rate.py, callbacks.py
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Loaded when first used, as in the package above.
+_HOMES = {
+    "Comparison": "feedback",
+    "FeedbackUnavailable": "feedback",
+    "Judge": "feedback",
+    "LogCompletionsCallback": "callbacks",
+    "OnlineDPOConfig": "config",
+    "OnlineDPOTrainer": "trainer",
+    "PairwiseJudge": "feedback",
+    "RewardModel": "reward_model",
+    "Rewards": "rewards",
+    "WinRateCallback": "callbacks",
+    "register_judge": "feedback",
+}
+__all__ = [
+    "Comparison",
+    "FeedbackUnavailable",
+    "Judge",
+    "LogCompletionsCallback",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
+    "PairwiseJudge",
+    "RewardModel",
+    "Rewards",
+    "WinRateCallback",
+    "register_judge",
+]
+
+if TYPE_CHECKING:
+    from .callbacks import LogCompletionsCallback, WinRateCallback
+    from .config import OnlineDPOConfig
+    from .feedback import Comparison, FeedbackUnavailable, Judge, PairwiseJudge, register_judge
+    from .reward_model import RewardModel
+    from .rewards import Rewards
+    from .trainer import OnlineDPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,210 @@
+"""OnlineDPOConfig: the options of sampling and feedback, on top of those of `DPOConfig`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..config import DPOConfig, choices
+from .generation import Decoding
+
+OFFLINE_ONLY = {
+    "precompute_ref_log_probs": "what is sampled is not known before training",
+    "deduplicate": "it is about preference rows",
+    "max_pairs_per_prompt": "--num_generations and --pair_selection decide the pairs",
+    "max_completion_length": "--max_new_tokens is the limit of completions",
+    "truncation_mode": "completions are never cut, and a prompt that is too long loses its beginning",
+    "useless_pairs": "answers that tie are left out of the loss and counted (`tie_rate`)",
+    "auto_find_batch_size": "a restart would sample again: set --per_device_train_batch_size",
+}
+"""Options of `DPOConfig` that have nothing to do here, and why."""
+
+
+@dataclass
+class OnlineDPOConfig(DPOConfig):
+    """Options of `OnlineDPOTrainer`: Guo et al. 2024, arXiv:2402.04792.
+
+    Lengths count tokens. Everything about the loss, the reference, the layout and the run is inherited.
+    """
+
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "judge_kwargs"]
+
+    beta: list[float] = field(  # type: ignore[assignment]  # a float once it is read, see __post_init__
+        default_factory=lambda: [0.1],
+        metadata={
+            "help": "Strength of the pull towards the reference, > 0; or a list with one for each epoch, the last for all that "
+            "follow."
+        },
+    )
+
+    # --- sampling ---
+    num_generations: int = field(
+        default=2, metadata={"help": "Completions that are sampled for each prompt, at least 2."}
+    )
+    pair_selection: str = field(
+        default="best_worst",
+        metadata=choices(
+            "best_worst",
+            "all",
+            help="Which completions of a prompt become pairs: the best against the worst, or each against every worse one.",
+        ),
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of a sampled completion."})
+    temperature: float = field(
+        default=0.9,
+        metadata={"help": "Of sampling, > 0. 1 samples from the model as it is; lower ones repeat themselves."},
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens with this much probability, in (0, 1]."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from this many likeliest tokens; 0: from all."})
+    min_p: float | None = field(
+        default=None,
+        metadata={"help": "Leave out tokens below this share of the likeliest one's probability, in [0, 1]."},
+    )
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Divides the logits of tokens that were there before, > 0; 1: none."}
+    )
+    stop_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further tokens that end a completion, beside EOS: each one token of the tokenizer."},
+    )
+    generation_batch_size: int = field(
+        default=64, metadata={"help": "Most completions that are sampled at once: memory for their keys and values."}
+    )
+    generate_every: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps whose completions are sampled together, at the first of them: fewer and larger "
+            "generations, of a policy that is up to this many steps older (`staleness` in the log)."
+        },
+    )
+
+    # --- feedback ---
+    judge: str | None = field(
+        default=None, metadata={"help": "Who compares completions: a judge by name. docs/online.md lists them."}
+    )
+    judge_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "JSON: the options of --judge."})
+    reward_model_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward models (sequence classification, one label): hub ids or folders; their weighted sum."
+        },
+    )
+    reward_module: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Python file (or importable module) with reward functions f(prompts, completions, **columns) in a list "
+            "REWARDS. It is executed: name only files that you trust."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "One weight per reward: models first, then functions. 1.0 each when not given."},
+    )
+    reward_scale: float = field(default=1.0, metadata={"help": "Multiplies the sum of rewards, > 0."})
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Taken off the score of a completion that did not end within --max_new_tokens, >= 0."},
+    )
+
+    def __post_init__(self):
+        self._read_beta()
+        if isinstance(self.judge_kwargs, str):
+            self.judge_kwargs = _json_object(self.judge_kwargs)
+        self._check_sampling()
+        self._check_feedback()
+        super().__post_init__()
+        for option in fields(DPOConfig):
+            name, why = option.name, OFFLINE_ONLY.get(option.name)
+            if why and getattr(self, name) != option.default:
+                raise ValueError(f"--{name} does not go with online DPO: {why}. Leave it out.")
+        if self.max_length is not None and self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens} leaves no room for a prompt in --max_length {self.max_length}: lower "
+                "one or raise the other."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it was given: with all betas."""
+        return super().to_dict() | {"beta": self.betas if len(self.betas) > 1 else self.betas[0]}
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    def beta_of_epoch(self, epoch: float) -> float:
+        """`epoch` counts from 0, as a fraction."""
+        return self.betas[min(int(epoch), len(self.betas) - 1)]
+
+    def _read_beta(self) -> None:
+        """`beta` is that of the epoch at hand from here on, a number as everywhere; `betas` are all."""
+        given = self.beta if isinstance(self.beta, list | tuple) else [self.beta]
+        if not given or not all(_is_number(b) and 0 < b < math.inf for b in given):
+            raise ValueError(
+                f"--beta must be a number above 0, or a list of them, one for each epoch; got {self.beta!r}."
+            )
+        self.betas = [float(b) for b in given]
+        self.beta = self.betas[0]  # type: ignore[assignment]
+
+    def _check_sampling(self) -> None:
+        least = {
+            "num_generations": 2,
+            "max_new_tokens": 1,
+            "generate_every": 1,
+            "generation_batch_size": 1,
+            "top_k": 0,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < bound:
+                raise ValueError(f"--{name} must be an integer of at least {bound}, got {value!r}.")
+        if self.generation_batch_size < self.num_generations:
+            raise ValueError(
+                f"--generation_batch_size {self.generation_batch_size} is less than --num_generations {self.num_generations}: the "
+                "completions of a prompt are sampled together. Raise the one or lower the other."
+            )
+        bounds = {"temperature": (0, math.inf), "repetition_penalty": (0, math.inf), "reward_scale": (0, math.inf)}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not (_is_number(value) and low < value < high):
+                raise ValueError(f"--{name} must be a number above {low}, got {value!r}.")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"--top_p must be in (0, 1], got {self.top_p!r}.")
+        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ValueError(f"--min_p must be in [0, 1], got {self.min_p!r}.")
+
+    def _check_feedback(self) -> None:
+        if self.judge_kwargs is not None and self.judge is None:
+            raise ValueError("--judge_kwargs without --judge would do nothing: name a judge, or leave it out.")
+        rewards = [name for name in ("reward_model_path", "reward_module") if getattr(self, name)]
+        if self.judge is not None and rewards:
+            raise ValueError(
+                f"--judge {self.judge} and --{rewards[0]} both say which completion is better: choose one."
+            )
+        penalty = self.missing_eos_penalty
+        if penalty is not None and not (_is_number(penalty) and 0 <= penalty < math.inf):
+            raise ValueError(f"--missing_eos_penalty must be a number of at least 0, got {penalty!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--judge_kwargs {text!r} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--judge_kwargs must be a JSON object, got {text!r}.")
+    return value

@@ -1,0 +1,405 @@
+"""OnlineDPOTrainer: prompts -> sampled completions -> feedback -> pairs; from there on it is `DPOTrainer`.
+
+prompts.py -> generation.py -> feedback.py (rewards, judges) -> pairing.py -> the collator, losses and metrics of DPO
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import compress, islice
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
+
+from ..batch import Text
+from ..data.messages import without_none
+from ..data.stream import FILLER_ID
+from ..data.tokenize import tokenize_prompts
+from ..engines import cuts_weights
+from ..fillers import unweigh_fillers
+from ..logprobs import base_model
+from ..run_data import Rows
+from ..trainer import DPOTrainer
+from .choose import choose_feedback
+from .config import OnlineDPOConfig
+from .feedback import Feedback, FeedbackUnavailable, Scores
+from .generation import Generator, TransformersGenerator, end_tokens
+from .metrics import ONLINE_METRICS, TALLIED, Tally, means, objective_means
+from .pairing import Outcome, paired
+from .prompts import OURS, PromptData, collate_prompts
+from .rounds import Batches, Rounds
+from .samples import Completion, Sampled
+
+logger = logging.get_logger(__name__)
+
+
+class OnlineDPOTrainer(DPOTrainer):
+    """Trains on answers of the policy itself, compared by rewards or a judge (Guo et al. 2024, arXiv:2402.04792).
+
+    Args:
+        model, ref_model, data_collator, processing_class, peft_config, compute_metrics, callbacks, optimizers,
+        quantization_config: as in `DPOTrainer`.
+        reward_funcs: a reward or several: functions f(prompts, completions, **columns) -> list[float | None], reward models
+            (a path, a sequence classifier with one label). Their weighted sum ranks the completions.
+        judge: instead of rewards: a judge, or the name of one.
+        train_dataset, eval_dataset: rows with a `prompt`, a string or messages; other columns go to the rewards.
+        reward_processing_classes: the tokenizers of reward models, one for each reward (None for functions).
+        reward_model, reward_processing_class: other names for `reward_funcs` and `reward_processing_classes`.
+        generator: where completions come from; None: `model.generate`.
+
+    `evaluate` samples as well: `eval_loss` is that of the pairs it makes, `eval_win_rate` says how often an answer is
+    better than the reference's.
+
+    Raises:
+        ValueError: for everything that cannot work, at construction: it names the option and the way out.
+    """
+
+    _tag_names = ("dpo_trainer", "online-dpo")
+    _metrics = ONLINE_METRICS
+    args: OnlineDPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel | None = None,
+        ref_model: str | PreTrainedModel | PeftModel | None = None,
+        reward_funcs: Any = None,
+        judge: Any = None,
+        args: OnlineDPOConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        *,
+        reward_model: Any = None,
+        reward_processing_class: Any = None,
+        generator: Generator | None = None,
+    ):
+        args = OnlineDPOConfig() if args is None else args
+        if cuts_weights(args) and generator is None:
+            raise ValueError(
+                "Sampling by transformers needs the whole model on every process, and FSDP and ZeRO-3 cut it: use DDP or ZeRO-1/2 "
+                "(accelerate_configs/), or a generator of your own."
+            )
+        self.feedback: Feedback = choose_feedback(
+            args,
+            judge=judge,
+            rewards=_one_of("reward_funcs", reward_funcs, "reward_model", reward_model),
+            tokenizers=_one_of(
+                "reward_processing_classes",
+                reward_processing_classes,
+                "reward_processing_class",
+                reward_processing_class,
+            ),
+        )
+        self.given_generator = generator
+        args.remove_unused_columns = False  # they belong to the rewards
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if hasattr(self.feedback, "to"):  # models among them
+            self.feedback.to(self.args.device)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "bind"):
+                callback.bind(self)
+
+    # --- the parts, built once ---
+
+    def _make_data(self, model: nn.Module) -> PromptData:
+        inner = base_model(model)
+        longest = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        window = min((n for n in (longest, self.args.max_length) if n is not None), default=None)
+        ends = end_tokens(self.processing_class, inner, self.args.stop_tokens)
+        self.generator: Generator = self.given_generator or TransformersGenerator(
+            self.processing_class,
+            pad_token_id=self.pad_token_id,
+            end_ids=ends,
+            batch_size=self.args.generation_batch_size,
+        )
+        return PromptData(self.args, self.processing_class, window, vocabulary_size=self._needs(model).vocabulary_size)
+
+    def _check_budget(self, datasets: dict[str, Any]) -> None:
+        """Before anything is sampled: of the longest completions that there can be."""
+        budget, new = self.args.max_tokens_per_micro_batch, self.args.max_new_tokens
+        compared = 2 if self.args.pair_selection == "best_worst" else self.args.num_generations
+        longest = self.data.longest
+        most = longest + compared * new if self.layout.name == "flat" else compared * (longest + new)
+        if budget is not None and most > budget:
+            raise ValueError(
+                f"The longest prompt with its {compared} completions may have {most} tokens, more than "
+                f"--max_tokens_per_micro_batch {budget}: raise that, or lower --max_new_tokens or --max_length."
+            )
+
+    def _collator(self) -> Callable:
+        self.pair_collator = super()._collator()
+        return collate_prompts
+
+    def _start_counting(self) -> None:
+        super()._start_counting()
+        names = [*TALLIED, *(f"scores/{name}" for name in getattr(self.feedback, "last", ()))]
+        self.tally = {"train": Tally(names), "eval": Tally(names)}
+        self.rounds = Rounds(self.args.generate_every)
+        self.sampling = {"tokens": 0.0, "seconds": 0.0}  # of generation since the last log line, on this rank
+        self._sampling_logged = time.perf_counter()
+        self.last_samples: list[tuple[Sampled, list[float | None]]] = []
+        self._answers: dict[tuple[int, ...], Completion] = {}  # of a reference that stays, by prompt
+
+    # --- sampling and feedback ---
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The batches of an optimizer step, as pairs: Trainer asks for them before its first forward."""
+        self._use_beta()
+        rows = self.rounds.next(
+            lambda: [batch["prompts"].rows for batch in islice(epoch_iterator, num_batches)],
+            self._sample_steps,
+            self.state.global_step,
+        )
+        if rows:
+            self.tally["train"].add("staleness", [self.state.global_step - self.rounds.sampled_at])
+        batches = [self._prepare_inputs(self.pair_collator(batch)) for batch in rows]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    @property
+    def beta(self) -> float:
+        """Of the epoch at hand."""
+        return self.args.beta  # type: ignore[return-value]  # a number, once the config is made
+
+    def _use_beta(self) -> None:
+        beta = self.args.beta_of_epoch(self.state.epoch or 0.0)
+        if beta != self.beta:
+            self.args.beta = beta  # type: ignore[assignment]
+            self.objective.set_beta(beta)
+
+    def _sample_steps(self, steps: list[Batches]) -> list[Batches]:
+        """Prompts of several steps -> rows of pairs in the same places, by one generation and one round of feedback."""
+        rows = [row for step in steps for batch in step for row in batch]
+        seed = _seed(self.args.seed, self.args.process_index, self.state.global_step)
+        samples = self._sampled(rows, self.args.num_generations, seed)
+        scores = self._scored(samples, save=True)
+        self.last_samples = list(zip(samples, scores, strict=True))
+        pairs = iter(self._paired(samples, scores, "train"))
+        return [[[next(pairs) for _ in batch] for batch in step] for step in steps]
+
+    def _sampled(self, rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[Sampled]:
+        began = time.perf_counter()
+        prompts = [row["prompt_ids"] for row in rows]
+        completions = self.generator(self.model_wrapped, prompts, count, decoding=self.args.decoding, seed=seed)
+        self.sampling["seconds"] += time.perf_counter() - began
+        self.sampling["tokens"] += sum(len(answer.ids) for answers in completions for answer in answers)
+        return [_with_answers(row, answers) for row, answers in zip(rows, completions, strict=True)]
+
+    def _scored(self, samples: Sequence[Sampled], *, save: bool = False) -> Scores:
+        """With the penalty for answers that did not end. If nobody answers for good, all ranks stop; `save`: with a
+        checkpoint, where there is something to save."""
+        problem: FeedbackUnavailable | None = None
+        scores: Scores = []
+        try:
+            scores = self.feedback(samples)
+        except FeedbackUnavailable as error:
+            problem = error
+        down = self.sum_over_ranks(torch.tensor(float(problem is not None), device=self.args.device))
+        if down:
+            self._stop_without_feedback(problem, save=save)
+        penalty = self.args.missing_eos_penalty or 0.0
+        return [
+            [
+                None if score is None else score - penalty * (not completion.finished)
+                for score, completion in zip(row, sampled.completions, strict=True)
+            ]
+            for row, sampled in zip(scores, samples, strict=True)
+        ]
+
+    def _stop_without_feedback(self, problem: FeedbackUnavailable | None, *, save: bool) -> None:
+        step, said = self.state.global_step, str(problem or "Feedback failed on another process.")
+        if not save or not step:
+            raise FeedbackUnavailable(said) from problem
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        raise FeedbackUnavailable(
+            f"{said} The run is saved at step {step}: start it again with --resume_from_checkpoint auto."
+        ) from problem
+
+    def _paired(
+        self, samples: Sequence[Sampled], scores: Scores, split: str, real: Sequence[bool] | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows for the collator. What is known of the samples is counted, of those that are `real`."""
+        every = self.args.pair_selection == "all"
+        pairs = [paired(sampled, row, every_pair=every) for sampled, row in zip(samples, scores, strict=True)]
+        real = [True] * len(samples) if real is None else real
+        tally = self.tally[split]
+        tally.count(list(compress(samples, real)), list(compress(scores, real)))
+        for name, outcome in (("tie_rate", Outcome.TIED), ("failed_rate", Outcome.FAILED)):
+            tally.add(name, [float(found is outcome) for _, found in compress(pairs, real)])
+        of_answers = [is_real for sampled, is_real in zip(samples, real, strict=True) for _ in sampled.completions]
+        for name, values in getattr(self.feedback, "last", {}).items():
+            tally.add(f"scores/{name}", list(compress(values, of_answers)))
+        return [row for row, _ in pairs]
+
+    # --- evaluation ---
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
+        """Pairs as in training, and each first answer against the reference's."""
+        rows = inputs["prompts"].rows
+        places = {
+            "example_ids": inputs["example_ids"],
+            "weight": torch.ones(len(rows)),
+            "row": torch.arange(len(rows)),
+        }
+        how: Any = {"rows_per_rank": self.args.eval_batch_size, "drop_last": self.args.dataloader_drop_last}
+        real = unweigh_fillers(places, self.accelerator, **how).tolist()
+        # The same at every evaluation: what differs is the model.
+        seed = _seed(self.args.seed, *(row["example_id"] for row in rows))
+        samples = self._sampled(rows, self.args.num_generations, seed)
+        scores = self._scored(samples)
+        pairs = self._paired(samples, scores, "eval", real)
+        self._compare_with_reference(samples, real, seed)
+        return super().prediction_step(model, self.pair_collator(pairs), prediction_loss_only, ignore_keys)
+
+    def _compare_with_reference(self, samples: Sequence[Sampled], real: list[bool], seed: int) -> None:
+        answers = self._reference_answers([sampled.prompt_ids for sampled in samples], seed)
+        if answers is None:
+            return
+        both = [
+            _with_completions(sampled, [sampled.completions[0], answer])
+            for sampled, answer in zip(samples, answers, strict=True)
+        ]
+        scores = list(compress(self._scored(both), real))
+        self.tally["eval"].add("win_rate", [_wins(row) for row in scores])
+        self.tally["eval"].add("scores/reference", [row[1] for row in scores])
+
+    def _reference_answers(self, prompts: list[list[int]], seed: int) -> list[Completion] | None:
+        """One for each prompt; of a reference that stays they are sampled once. None where there is no reference."""
+        known = {} if self.reference.moving else self._answers
+        new = [ids for ids in prompts if tuple(ids) not in known]
+        with self.reference.in_place(self.model_wrapped) as model:
+            if model is None:
+                return None
+            if new:
+                sampled = self.generator(model, new, 1, decoding=self.args.decoding, seed=seed)
+                known.update({tuple(ids): answer for ids, (answer,) in zip(new, sampled, strict=True)})
+        return [known[tuple(ids)] for ids in prompts]
+
+    def sample_answers(
+        self, prompts: Sequence[Text], *, reference: bool = False, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """The likeliest answer to each prompt, by the policy as it is now or by the reference, as text.
+
+        Raises:
+            ValueError: for the answers of a reference that is no model.
+        """
+        where = [f"Prompt {place}" for place in range(len(prompts))]
+        ids = tokenize_prompts(prompts, self.processing_class, where)
+        ask = partial(self.generator, decoding=self.args.decoding.greedy(max_new_tokens), seed=self.args.seed)
+        if not reference:
+            return [answer.text for (answer,) in ask(self.model_wrapped, ids, 1)]
+        with self.reference.in_place(self.model_wrapped) as model:
+            if model is None:
+                raise ValueError("This run has no reference model to sample answers from: give reference answers.")
+            return [answer.text for (answer,) in ask(model, ids, 1)]
+
+    # --- numbers ---
+
+    def evaluation_loop(self, *args, **kwargs):
+        self.tally["eval"].clear()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _with_more(self, of_pairs: dict[str, float], split: str) -> dict[str, float]:
+        of_samples = means(self.tally[split].table(self.sum_over_ranks, self.args.device))
+        self.tally[split].clear()
+        found = objective_means(of_pairs | of_samples, self.beta)
+        if split == "eval":
+            return found
+        now = time.perf_counter()
+        tokens, seconds = self.sampling["tokens"], self.sampling["seconds"]
+        found |= {"beta": self.beta, "sampling/share_of_time": seconds / (now - self._sampling_logged)}
+        found |= {f"{self.feedback.name}/{name}": value for name, value in self.feedback.counts.items()}
+        if seconds:
+            found["sampling/tokens_per_second"] = tokens / seconds
+        self.sampling, self._sampling_logged = {"tokens": 0.0, "seconds": 0.0}, now
+        return found
+
+    # --- checkpoints ---
+
+    def run_identity(self) -> dict[str, Any]:
+        args = self.args
+        sampling = vars(args.decoding) | {
+            name: getattr(args, name)
+            for name in ("num_generations", "pair_selection", "generate_every", "stop_tokens")
+        }
+        feedback = [self.feedback.name, args.judge_kwargs, args.missing_eos_penalty]
+        return super().run_identity() | {
+            "sampling": {f"--{name}": value for name, value in sampling.items()},
+            "feedback": [*feedback, args.reward_weights, args.reward_scale, args.betas],
+        }
+
+    def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        state, tensors = super().run_state()
+        rounds = gather_object([self.rounds.state()]) if self.args.world_size > 1 else [self.rounds.state()]
+        tally = self.tally["train"].table(self.sum_over_ranks, self.args.device)
+        return {**state, "rounds": rounds, "tally": tally}, tensors
+
+    def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().load_run_state(state, tensors)
+        if len(state["rounds"]) == self.args.world_size:
+            self.rounds.load(state["rounds"][self.args.process_index])
+        elif any(of_rank["waiting"] for of_rank in state["rounds"]):
+            logger.warning("Another number of processes: what waited to be trained on is sampled anew.")
+        if self.is_world_process_zero():
+            self.tally["train"].load(state["tally"])
+
+
+def _one_of(name: str, value: Any, alias: str, other: Any) -> Any:
+    if value is not None and other is not None:
+        raise ValueError(f"{alias} is another name for {name}: give one of the two.")
+    return other if value is None else value
+
+
+def _with_answers(row: dict[str, Any], answers: list[Completion]) -> Sampled:
+    return Sampled(
+        example_id=row["example_id"],
+        prompt=without_none(row["prompt"]),
+        prompt_ids=row["prompt_ids"],
+        completions=answers,
+        columns={name: value for name, value in row.items() if name not in ("prompt", *OURS)},
+        weight=0.0 if row["example_id"] == FILLER_ID else 1.0,
+    )
+
+
+def _with_completions(sampled: Sampled, completions: list[Completion]) -> Sampled:
+    return Sampled(**{**vars(sampled), "completions": completions})
+
+
+def _seed(*parts: int) -> int:
+    """63 bits, as good as unrelated for parts that differ in anything."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _wins(scores: Sequence[float | None]) -> float | None:
+    """1 where the first is better, 0.5 for a tie, 0 else; None where either could not be judged."""
+    first, second = scores
+    return None if first is None or second is None else 0.5 + 0.5 * ((first > second) - (first < second))
