@@ -43,6 +43,7 @@ def write_model_card(
         ),
         template_path=str(TEMPLATE),
         start=start or "a model built in memory",
+        trained_on=trainer.trained_on,
         losses=list(zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True)),
         args=args,
         reference=trainer.reference.description,

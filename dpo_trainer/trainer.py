@@ -92,6 +92,8 @@ class DPOTrainer(DurableTrainer):
 
     _tag_names = ("dpo_trainer", "dpo")
     _metrics = METRICS
+    trained_on = "preference pairs"
+    """What the model card says of the data."""
 
     def __init__(
         self,

@@ -40,6 +40,14 @@ class OnlineDPOConfig(DPOConfig):
     )
 
     # --- sampling ---
+    generator: str = field(
+        default="transformers",
+        metadata=choices(
+            "transformers",
+            "continuous",
+            help="Who samples: the model's generate, or its generate_batch (continuous batching, for GPUs).",
+        ),
+    )
     num_generations: int = field(
         default=2, metadata={"help": "Completions that are sampled for each prompt, at least 2."}
     )

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from ..logprobs import base_model, evaluation_mode
 from .samples import Completion
@@ -111,6 +112,37 @@ class TransformersGenerator:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         ids = ids if end is None else ids[: end + 1]
         return Completion(ids=ids, text=self.tokenizer.decode(ids, skip_special_tokens=True), finished=end is not None)
+
+
+PAGE = 256
+"""Tokens of a page of the cache of continuous batching."""
+
+
+class ContinuousGenerator(TransformersGenerator):
+    """`model.generate_batch`: continuous batching, in which a completion that ends makes room for the next one at once.
+
+    For many completions of very different lengths on a GPU. On a CPU it is several times slower than `generate`.
+    """
+
+    def _generate(self, model: Any, prompts: list[list[int]], count: int, decoding: Decoding) -> list[list[int]]:
+        # Pages for all at once; left to itself it would fill the memory. No warm-up, which every call would repeat.
+        pages = -(-(max(map(len, prompts)) + decoding.max_new_tokens) // PAGE) + 1
+        batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages * len(prompts) * count)
+        results = list(  # in the order of the prompts, those of one prompt together
+            model.generate_batch(
+                inputs=prompts,
+                generation_config=self._config(decoding, count),
+                continuous_batching_config=batching,
+                progress_bar=False,
+                warmup=False,
+            ).values()
+        )
+        if len(results) < len(prompts) * count:
+            raise RuntimeError(
+                f"transformers' continuous batching returned {len(results)} of {len(prompts) * count} completions: its log above "
+                "says why. Use --generator transformers."
+            )
+        return [result.generated_tokens for result in results]
 
 
 def end_tokens(tokenizer: Any, model: Any, stop_tokens: Sequence[str] | None) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..batch import widest_float
+from ..data.stream import FILLER_ID
 from ..metrics import METRICS, Metric, StepParts
 from .feedback import Scores
 from .samples import Sampled
@@ -25,14 +26,24 @@ def _kl(parts: StepParts) -> Tensor:
     if parts.reference is None:
         return parts.losses.new_zeros(2)
     of_pairs = [getattr(parts.policy, side) - getattr(parts.reference, side) for side in ("chosen", "rejected")]
-    return torch.stack([torch.cat(of_pairs).sum(), parts.losses.new_tensor(2.0 * len(parts.losses))])
+    sampled = _sampled(parts)
+    return torch.stack([(sum(of_pairs) * sampled).sum(), 2 * sampled.sum()])
 
 
 def _entropy(parts: StepParts) -> Tensor:
     assert parts.policy.tokens is not None
     entropy = parts.policy.tokens.entropy
     assert entropy is not None
-    return torch.stack([entropy.sum(), entropy.new_tensor(float(len(entropy)))])
+    in_pairs = entropy.new_zeros(len(parts.batch.lengths))
+    for side in ("chosen", "rejected"):
+        in_pairs = in_pairs.index_add(0, getattr(parts.batch, side), _sampled(parts))
+    weight = (in_pairs > 0)[parts.batch.completion].float()
+    return torch.stack([(entropy * weight).sum(), weight.sum()])
+
+
+def _sampled(parts: StepParts) -> Tensor:
+    """[N] 0 for a pair that only fills its batch."""
+    return (parts.batch.example_ids != FILLER_ID).float()
 
 
 ONLINE_METRICS: dict[str, Metric] = METRICS | {"objective/kl": _kl, "objective/entropy": _entropy}

@@ -116,6 +116,11 @@ class PromptData:
         cut = self.args.too_long == "truncate"
         mapper = PromptMapper(self.tokenizer, name, self.limit, cut, allow, self.vocabulary_size)
         if isinstance(dataset, IterableDataset):
+            if name == "train" and len(self.args.betas) > 1:
+                raise ValueError(
+                    f"--beta {self.args.betas} has one for each epoch, and a stream is a single one: give one beta, or load the data "
+                    "without --streaming."
+                )
             self.streams, self.longest = True, max(self.longest, self.limit or 0)
             return self._limited_stream(dataset.map(mapper, batched=True, with_indices=True), name)
         with self.args.main_process_first(desc=f"preparing the {name} prompts"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from ..batch import Text
+from ..batch import Text, micro_batches
 from ..data.messages import without_none
 from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
@@ -31,7 +31,7 @@ from ..trainer import DPOTrainer
 from .choose import choose_feedback
 from .config import OnlineDPOConfig
 from .feedback import Feedback, FeedbackUnavailable, Scores
-from .generation import Generator, TransformersGenerator, end_tokens
+from .generation import ContinuousGenerator, Generator, TransformersGenerator, end_tokens
 from .metrics import ONLINE_METRICS, TALLIED, Tally, means, objective_means
 from .pairing import Outcome, paired
 from .prompts import OURS, PromptData, collate_prompts
@@ -121,6 +121,7 @@ class OnlineDPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self.trained_on = f"pairs of its own answers, compared by {_who(self.feedback)},"
         if hasattr(self.feedback, "to"):  # models among them
             self.feedback.to(self.args.device)
         for callback in self.callback_handler.callbacks:
@@ -134,7 +135,8 @@ class OnlineDPOTrainer(DPOTrainer):
         longest = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None)
         window = min((n for n in (longest, self.args.max_length) if n is not None), default=None)
         ends = end_tokens(self.processing_class, inner, self.args.stop_tokens)
-        self.generator: Generator = self.given_generator or TransformersGenerator(
+        kind = ContinuousGenerator if self.args.generator == "continuous" else TransformersGenerator
+        self.generator: Generator = self.given_generator or kind(
             self.processing_class,
             pad_token_id=self.pad_token_id,
             end_ids=ends,
@@ -170,13 +172,20 @@ class OnlineDPOTrainer(DPOTrainer):
 
     # --- sampling and feedback ---
 
+    def train(self, *args, **kwargs):
+        """See `DurableTrainer.train`."""
+        self.rounds = Rounds(self.args.generate_every)  # what an earlier run left over belongs to its epoch
+        self._use_beta(0.0)
+        self._sampling_logged = time.perf_counter()
+        return super().train(*args, **kwargs)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The batches of an optimizer step, as pairs: Trainer asks for them before its first forward."""
-        self._use_beta()
+        self._use_beta(self.state.epoch or 0.0)
         rows = self.rounds.next(
-            lambda: [batch["prompts"].rows for batch in islice(epoch_iterator, num_batches)],
+            lambda: [self._rows(batch, self._train_batch_size) for batch in islice(epoch_iterator, num_batches)],
             self._sample_steps,
             self.state.global_step,
         )
@@ -185,13 +194,30 @@ class OnlineDPOTrainer(DPOTrainer):
         batches = [self._prepare_inputs(self.pair_collator(batch)) for batch in rows]
         return batches, self._get_num_items_in_batch(batches, device)
 
+    def _rows(self, batch: dict[str, Any], rows_per_rank: int) -> list[dict[str, Any]]:
+        """Of a batch of prompts. Those that only fill it are named so at once: accelerate knows them while the batch is at hand,
+        and a round of sampling looks ahead."""
+        rows = batch["prompts"].rows
+        places = {
+            "example_ids": batch["example_ids"],
+            "weight": torch.ones(len(rows)),
+            "row": torch.arange(len(rows)),
+        }
+        how: Any = {"rows_per_rank": rows_per_rank, "drop_last": self.args.dataloader_drop_last}
+        real = unweigh_fillers(places, self.accelerator, **how).tolist()
+        return [row if is_real else row | {"example_id": FILLER_ID} for row, is_real in zip(rows, real, strict=True)]
+
+    def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
+        """They weigh nothing since they were drawn."""
+        return [part["example_ids"] != FILLER_ID for part in micro_batches(inputs)]
+
     @property
     def beta(self) -> float:
         """Of the epoch at hand."""
         return self.args.beta  # type: ignore[return-value]  # a number, once the config is made
 
-    def _use_beta(self) -> None:
-        beta = self.args.beta_of_epoch(self.state.epoch or 0.0)
+    def _use_beta(self, epoch: float) -> None:
+        beta = self.args.beta_of_epoch(epoch)
         if beta != self.beta:
             self.args.beta = beta  # type: ignore[assignment]
             self.objective.set_beta(beta)
@@ -244,13 +270,11 @@ class OnlineDPOTrainer(DPOTrainer):
             f"{said} The run is saved at step {step}: start it again with --resume_from_checkpoint auto."
         ) from problem
 
-    def _paired(
-        self, samples: Sequence[Sampled], scores: Scores, split: str, real: Sequence[bool] | None = None
-    ) -> list[dict[str, Any]]:
-        """Rows for the collator. What is known of the samples is counted, of those that are `real`."""
+    def _paired(self, samples: Sequence[Sampled], scores: Scores, split: str) -> list[dict[str, Any]]:
+        """Rows for the collator. What is known of the samples is counted, without fillers."""
         every = self.args.pair_selection == "all"
         pairs = [paired(sampled, row, every_pair=every) for sampled, row in zip(samples, scores, strict=True)]
-        real = [True] * len(samples) if real is None else real
+        real = [sampled.weight > 0 for sampled in samples]
         tally = self.tally[split]
         tally.count(list(compress(samples, real)), list(compress(scores, real)))
         for name, outcome in (("tie_rate", Outcome.TIED), ("failed_rate", Outcome.FAILED)):
@@ -264,23 +288,16 @@ class OnlineDPOTrainer(DPOTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
         """Pairs as in training, and each first answer against the reference's."""
-        rows = inputs["prompts"].rows
-        places = {
-            "example_ids": inputs["example_ids"],
-            "weight": torch.ones(len(rows)),
-            "row": torch.arange(len(rows)),
-        }
-        how: Any = {"rows_per_rank": self.args.eval_batch_size, "drop_last": self.args.dataloader_drop_last}
-        real = unweigh_fillers(places, self.accelerator, **how).tolist()
+        rows = self._rows(inputs, self.args.eval_batch_size)
         # The same at every evaluation: what differs is the model.
         seed = _seed(self.args.seed, *(row["example_id"] for row in rows))
         samples = self._sampled(rows, self.args.num_generations, seed)
         scores = self._scored(samples)
-        pairs = self._paired(samples, scores, "eval", real)
-        self._compare_with_reference(samples, real, seed)
+        pairs = self._paired(samples, scores, "eval")
+        self._compare_with_reference(samples, seed)
         return super().prediction_step(model, self.pair_collator(pairs), prediction_loss_only, ignore_keys)
 
-    def _compare_with_reference(self, samples: Sequence[Sampled], real: list[bool], seed: int) -> None:
+    def _compare_with_reference(self, samples: Sequence[Sampled], seed: int) -> None:
         answers = self._reference_answers([sampled.prompt_ids for sampled in samples], seed)
         if answers is None:
             return
@@ -288,7 +305,7 @@ class OnlineDPOTrainer(DPOTrainer):
             _with_completions(sampled, [sampled.completions[0], answer])
             for sampled, answer in zip(samples, answers, strict=True)
         ]
-        scores = list(compress(self._scored(both), real))
+        scores = list(compress(self._scored(both), [sampled.weight > 0 for sampled in samples]))
         self.tally["eval"].add("win_rate", [_wins(row) for row in scores])
         self.tally["eval"].add("scores/reference", [row[1] for row in scores])
 
@@ -326,7 +343,8 @@ class OnlineDPOTrainer(DPOTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         self.tally["eval"].clear()
-        return super().evaluation_loop(*args, **kwargs)
+        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed
+            return super().evaluation_loop(*args, **kwargs)
 
     def _with_more(self, of_pairs: dict[str, float], split: str) -> dict[str, float]:
         of_samples = means(self.tally[split].table(self.sum_over_ranks, self.args.device))
@@ -377,6 +395,11 @@ def _one_of(name: str, value: Any, alias: str, other: Any) -> Any:
     if value is not None and other is not None:
         raise ValueError(f"{alias} is another name for {name}: give one of the two.")
     return other if value is None else value
+
+
+def _who(feedback: Feedback) -> str:
+    rewards = ", ".join(getattr(feedback, "last", ()))
+    return f"rewards ({rewards})" if rewards else f"the judge {feedback.name}"
 
 
 def _with_answers(row: dict[str, Any], answers: list[Completion]) -> Sampled:

@@ -7,6 +7,7 @@ trainer = online_tiny.trainer(tmp_path, generator=Known(answers), judge=Told(sco
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from dpo_trainer.online.samples import Completion
 from dpo_trainer.online.trainer import OnlineDPOTrainer
 
 TOKENIZER = tiny.tokenizer()
+TIMES = re.compile(r"runtime|^sampling|_per_second|_time$|train_loss|total_flos")
+"""What a log line says about the clock, or about one call of `train` alone."""
 
 
 def rows(n: int = 22) -> list[dict[str, str]]:
@@ -155,7 +158,12 @@ def trainer(
 
 def lines(made: OnlineDPOTrainer) -> list[dict[str, float]]:
     """The log lines of training; one without a pair to train on has no loss."""
-    return [line for line in made.state.log_history if "tie_rate" in line]
+    return [line for line in made.state.log_history if "staleness" in line]
+
+
+def without_times(line: Mapping[str, float]) -> dict[str, float]:
+    """What a log line says of anything but the clock."""
+    return {name: value for name, value in line.items() if not TIMES.search(name)}
 
 
 class Steps(TrainerCallback):

@@ -22,7 +22,7 @@ openai = pytest.importorskip("openai", reason="the judge is built on it: pip ins
 import tiny
 from chat_server import Answer, Asked, ChatServer, answers_of, failed, longer_is_better, said, unused_port
 
-from dpo_trainer.online import llm_judge
+from dpo_trainer.online import chat
 from dpo_trainer.online.feedback import FeedbackUnavailable, make_judge
 from dpo_trainer.online.llm_judge import PROMPT_TEMPLATE, SYSTEM_PROMPT, LLMJudge, Reply, parse_verdict
 from dpo_trainer.online.samples import Completion, Sampled
@@ -37,7 +37,7 @@ def _surroundings(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_TRAINER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{unused_port()}")  # must not be asked for a loopback address
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr(llm_judge, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(chat, "FIRST_PAUSE", 0.02)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
 
 
@@ -394,11 +394,11 @@ def test_a_server_that_comes_back_in_time(caplog):
                 up.append(ChatServer(longer_is_better, port).__enter__())
 
     starter = Starts()
-    logging.getLogger(llm_judge.__name__).addHandler(starter)
+    logging.getLogger(chat.__name__).addHandler(starter)
     try:
         assert judge(pairs(3)) == [[1.0, 0.0]] * 3
     finally:
-        logging.getLogger(llm_judge.__name__).removeHandler(starter)
+        logging.getLogger(chat.__name__).removeHandler(starter)
         for server in up:
             server.__exit__()
     assert judge.counts["failures_http"] == 0
@@ -430,7 +430,7 @@ def test_a_server_that_goes_while_it_is_asked_costs_what_is_left(caplog):
 
 def test_a_server_that_drips_for_ever_is_left(monkeypatch):
     """Each byte comes within the timeout of the client."""
-    monkeypatch.setattr(llm_judge, "LONGEST_RETRY_AFTER", 0.2)
+    monkeypatch.setattr(chat, "LONGEST_RETRY_AFTER", 0.2)
     with ChatServer(lambda asked: Answer(drip=True, announced=10**6)) as server:
         start = time.monotonic()
         with pytest.raises(FeedbackUnavailable, match=r"no whole answer in 0\.5 s"):
@@ -448,6 +448,7 @@ def test_a_key_that_is_refused_ends_it_at_once(status):
         judge_of(server, concurrency=1)(pairs(20))
     assert len(server.asked) == 1
     assert server.base_url in str(caught.value)
+    assert caught.value.__context__ is None  # nothing of the client's, whose objects hold the key
 
 
 def test_a_model_that_is_not_there_ends_it_at_once():
