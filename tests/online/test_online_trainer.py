@@ -695,10 +695,16 @@ def test_feedback_that_is_down_at_the_first_step(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_feedback_that_is_down_for_an_evaluation(tmp_path):
-    online = online_tiny.trainer(tmp_path, judge=Down(2), parts={"eval_dataset": online_tiny.dataset(3)})
+def test_feedback_that_is_down_within_an_evaluation(tmp_path):
+    """It ends with the judge's own words, and the next one counts from nothing."""
+    down = Down(3)  # the second of two batches; the first asked for the policy's answers, and for the reference's
+    online = online_tiny.trainer(tmp_path, judge=down, parts={"eval_dataset": online_tiny.dataset(6)})
     with pytest.raises(FeedbackUnavailable, match=r"^Nobody is at home\.$"):
         online.evaluate()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    down.at = 100
+    fresh = online_tiny.trainer(tmp_path, parts={"eval_dataset": online_tiny.dataset(6)})
+    assert without_times(online.evaluate()) == without_times(fresh.evaluate())
 
 
 # --- what a run is made of ---

@@ -70,10 +70,10 @@ def test_other_spellings_of_a_conversation():
     assert read_prompt([{"from": "human", "value": "hi"}], "Row 0") == turns("hi")
 
 
-def test_a_prompt_is_tokenized_as_that_of_a_pair():
+def test_a_prompt_is_tokenized_as_that_of_a_pair(tmp_path):
     """So that sampling goes on where the offline trainer would score."""
     row = tiny.rows(1)[0]
-    pair = tiny.trainer("unused", train=Dataset.from_list([row]), per_device_train_batch_size=1)
+    pair = tiny.trainer(tmp_path, train=Dataset.from_list([row]), per_device_train_batch_size=1)
     assert pair.train_dataset[0]["prompt_ids"] == prepared(table(row["prompt"]))[0]["prompt_ids"]
 
 
@@ -221,7 +221,10 @@ def test_the_same_text_is_prepared_anew_under_other_options():
 def test_evaluation_sets_by_name():
     of_run = data()
     found = of_run.prepare_evaluation({"easy": table("a"), "hard": stream("b")})
-    assert {name: next(iter(rows))["prompt_ids"] for name, rows in found.items()} == {"easy": ids("a"), "hard": ids("b")}
+    assert {name: next(iter(rows))["prompt_ids"] for name, rows in found.items()} == {
+        "easy": ids("a"),
+        "hard": ids("b"),
+    }
     with pytest.raises(ValueError, match="The eval hard data have no column"):
         of_run.prepare_evaluation({"hard": Dataset.from_dict({"x": ["a"]})})
     assert of_run.prepare_evaluation(table("c"))[0]["prompt_ids"] == ids("c")
