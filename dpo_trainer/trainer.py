@@ -351,7 +351,8 @@ class DPOTrainer(DurableTrainer):
         began = time.perf_counter()
         self.metrics["eval"].clear()
         self.gather_function = self._gather_pairs  # Trainer puts its own back after each loop
-        with evaluation(self.model, self.accelerator):
+        # Data loaders draw a seed: a run that is evaluated more often must not draw other dropout.
+        with torch.random.fork_rng(devices=[]), evaluation(self.model, self.accelerator):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )

@@ -819,3 +819,13 @@ def test_conversations_without_a_template(tmp_path):
 def test_model_in_memory_without_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="processing_class"):
         tiny.trainer(tmp_path, parts={"processing_class": None})
+
+
+def test_evaluating_changes_nothing_of_the_training(tmp_path):
+    """Bit for bit, with dropout: the loader of an evaluation draws a seed of its own, and its rows come in an order."""
+    parts = {"peft_config": tiny.lora(lora_dropout=0.4), "eval_dataset": tiny.dataset()}
+    plain = tiny.trained(tmp_path / "plain", parts=parts, max_steps=4)
+    often = tiny.trained(tmp_path / "often", parts=parts, max_steps=4, eval_strategy="steps", eval_steps=1)
+    assert len([line for line in often.state.log_history if "eval_loss" in line]) == 4
+    for name, weight in tiny.weights(plain.model).items():
+        assert torch.equal(weight, tiny.weights(often.model)[name]), name

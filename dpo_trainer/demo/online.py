@@ -80,6 +80,7 @@ def run_online_demo(config: OnlineDPOConfig, given: Collection[str]) -> list[Goa
     began = time.perf_counter()
     own = {option.name for option in fields(OnlineDPOConfig) if option.init}
     options = online_demo_defaults() | {name: getattr(config, name) for name in given if name in own}
+    options |= {"beta": config.betas} if "beta" in given else {}
     config = OnlineDPOConfig(**options)
     with one_thread():
         with config.main_process_first(desc="the demo's base model"):

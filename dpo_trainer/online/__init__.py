@@ -1,7 +1,7 @@
 """Online DPO: prompts -> sampled completions -> feedback -> pairs, and then `DPOTrainer` as it is.
 
 prompts.py, generation.py -> samples.py -> feedback.py: rewards.py, reward_model.py; judges.py (rules, LLM, pair model)
-pairing.py, rounds.py, metrics.py -> trainer.py                 win_rate.py, callbacks.py
+rollout.py (pairing.py, metrics.py), rounds.py -> trainer.py    completions.py, win_rate.py -> callbacks.py
 """
 
 from __future__ import annotations

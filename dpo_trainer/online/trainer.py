@@ -1,15 +1,14 @@
 """OnlineDPOTrainer: prompts -> sampled completions -> feedback -> pairs; from there on it is `DPOTrainer`.
 
-prompts.py -> generation.py -> feedback.py (rewards, judges) -> pairing.py -> the collator, losses and metrics of DPO
+prompts.py -> rollout.py: generation.py, feedback.py (rewards, judges), pairing.py -> the collator, losses and metrics of DPO
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import compress, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from ..batch import Text, micro_batches
-from ..data.messages import without_none
 from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
 from ..engines import cuts_weights
@@ -30,11 +28,11 @@ from ..run_data import Rows
 from ..trainer import DPOTrainer
 from .choose import choose_feedback
 from .config import OnlineDPOConfig
-from .feedback import Feedback, FeedbackUnavailable, Scores
+from .feedback import Feedback, FeedbackUnavailable
 from .generation import ContinuousGenerator, Generator, TransformersGenerator, end_tokens
-from .metrics import ONLINE_METRICS, TALLIED, Tally, means, objective_means
-from .pairing import Outcome, paired
-from .prompts import OURS, PromptData, collate_prompts
+from .metrics import ONLINE_METRICS, objective_means
+from .prompts import PromptData, collate_prompts
+from .rollout import Rollout
 from .rounds import Batches, Rounds
 from .samples import Completion, Sampled
 
@@ -162,11 +160,9 @@ class OnlineDPOTrainer(DPOTrainer):
 
     def _start_counting(self) -> None:
         super()._start_counting()
-        names = [*TALLIED, *(f"scores/{name}" for name in getattr(self.feedback, "last", ()))]
-        self.tally = {"train": Tally(names), "eval": Tally(names)}
+        self.rollout = Rollout(self.args, self.feedback, self.sum_over_ranks)
+        self.tally = self.rollout.tally
         self.rounds = Rounds(self.args.generate_every)
-        self.sampling = {"tokens": 0.0, "seconds": 0.0}  # of generation since the last log line, on this rank
-        self._sampling_logged = time.perf_counter()
         self.last_samples: list[tuple[Sampled, list[float | None]]] = []
         self._answers: dict[tuple[int, ...], Completion] = {}  # of a reference that stays, by prompt
 
@@ -176,7 +172,7 @@ class OnlineDPOTrainer(DPOTrainer):
         """See `DurableTrainer.train`."""
         self.rounds = Rounds(self.args.generate_every)  # what an earlier run left over belongs to its epoch
         self._use_beta(0.0)
-        self._sampling_logged = time.perf_counter()
+        self.rollout.restart_clock()
         return super().train(*args, **kwargs)
 
     def get_batch_samples(
@@ -226,63 +222,24 @@ class OnlineDPOTrainer(DPOTrainer):
         """Prompts of several steps -> rows of pairs in the same places, by one generation and one round of feedback."""
         rows = [row for step in steps for batch in step for row in batch]
         seed = _seed(self.args.seed, self.args.process_index, self.state.global_step)
-        samples = self._sampled(rows, self.args.num_generations, seed)
-        scores = self._scored(samples, save=True)
+        samples = self.rollout.sampled(self.generator, self.model_wrapped, rows, seed)
+        try:
+            scores = self.rollout.scored(samples)
+        except FeedbackUnavailable as error:
+            raise self._saved_for_later(error) from error
         self.last_samples = list(zip(samples, scores, strict=True))
-        pairs = iter(self._paired(samples, scores, "train"))
+        pairs = iter(self.rollout.paired(samples, scores, "train"))
         return [[[next(pairs) for _ in batch] for batch in step] for step in steps]
 
-    def _sampled(self, rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[Sampled]:
-        began = time.perf_counter()
-        prompts = [row["prompt_ids"] for row in rows]
-        completions = self.generator(self.model_wrapped, prompts, count, decoding=self.args.decoding, seed=seed)
-        self.sampling["seconds"] += time.perf_counter() - began
-        self.sampling["tokens"] += sum(len(answer.ids) for answers in completions for answer in answers)
-        return [_with_answers(row, answers) for row, answers in zip(rows, completions, strict=True)]
-
-    def _scored(self, samples: Sequence[Sampled], *, save: bool = False) -> Scores:
-        """With the penalty for answers that did not end. If nobody answers for good, all ranks stop; `save`: with a
-        checkpoint, where there is something to save."""
-        problem: FeedbackUnavailable | None = None
-        scores: Scores = []
-        try:
-            scores = self.feedback(samples)
-        except FeedbackUnavailable as error:
-            problem = error
-        down = self.sum_over_ranks(torch.tensor(float(problem is not None), device=self.args.device))
-        if down:
-            self._stop_without_feedback(problem, save=save)
-        penalty = self.args.missing_eos_penalty or 0.0
-        return [
-            [
-                None if score is None else score - penalty * (not completion.finished)
-                for score, completion in zip(row, sampled.completions, strict=True)
-            ]
-            for row, sampled in zip(scores, samples, strict=True)
-        ]
-
-    def _stop_without_feedback(self, problem: FeedbackUnavailable | None, *, save: bool) -> None:
-        step, said = self.state.global_step, str(problem or "Feedback failed on another process.")
-        if not save or not step:
-            raise FeedbackUnavailable(said) from problem
+    def _saved_for_later(self, problem: FeedbackUnavailable) -> FeedbackUnavailable:
+        """On all ranks: a checkpoint of the last step, if one was made, and the error that names it."""
+        step = self.state.global_step
+        if not step:
+            return problem
         self._save_checkpoint(self.model_wrapped, trial=None)
-        raise FeedbackUnavailable(
-            f"{said} The run is saved at step {step}: start it again with --resume_from_checkpoint auto."
-        ) from problem
-
-    def _paired(self, samples: Sequence[Sampled], scores: Scores, split: str) -> list[dict[str, Any]]:
-        """Rows for the collator. What is known of the samples is counted, without fillers."""
-        every = self.args.pair_selection == "all"
-        pairs = [paired(sampled, row, every_pair=every) for sampled, row in zip(samples, scores, strict=True)]
-        real = [sampled.weight > 0 for sampled in samples]
-        tally = self.tally[split]
-        tally.count(list(compress(samples, real)), list(compress(scores, real)))
-        for name, outcome in (("tie_rate", Outcome.TIED), ("failed_rate", Outcome.FAILED)):
-            tally.add(name, [float(found is outcome) for _, found in compress(pairs, real)])
-        of_answers = [is_real for sampled, is_real in zip(samples, real, strict=True) for _ in sampled.completions]
-        for name, values in getattr(self.feedback, "last", {}).items():
-            tally.add(f"scores/{name}", list(compress(values, of_answers)))
-        return [row for row, _ in pairs]
+        return FeedbackUnavailable(
+            f"{problem} The run is saved at step {step}: start it again with --resume_from_checkpoint auto."
+        )
 
     # --- evaluation ---
 
@@ -291,23 +248,12 @@ class OnlineDPOTrainer(DPOTrainer):
         rows = self._rows(inputs, self.args.eval_batch_size)
         # The same at every evaluation: what differs is the model.
         seed = _seed(self.args.seed, *(row["example_id"] for row in rows))
-        samples = self._sampled(rows, self.args.num_generations, seed)
-        scores = self._scored(samples)
-        pairs = self._paired(samples, scores, "eval")
-        self._compare_with_reference(samples, seed)
-        return super().prediction_step(model, self.pair_collator(pairs), prediction_loss_only, ignore_keys)
-
-    def _compare_with_reference(self, samples: Sequence[Sampled], seed: int) -> None:
+        samples = self.rollout.sampled(self.generator, self.model_wrapped, rows, seed)
+        pairs = self.rollout.paired(samples, self.rollout.scored(samples), "eval")
         answers = self._reference_answers([sampled.prompt_ids for sampled in samples], seed)
-        if answers is None:
-            return
-        both = [
-            _with_completions(sampled, [sampled.completions[0], answer])
-            for sampled, answer in zip(samples, answers, strict=True)
-        ]
-        scores = list(compress(self._scored(both), [sampled.weight > 0 for sampled in samples]))
-        self.tally["eval"].add("win_rate", [_wins(row) for row in scores])
-        self.tally["eval"].add("scores/reference", [row[1] for row in scores])
+        if answers is not None:
+            self.rollout.compared(samples, answers)
+        return super().prediction_step(model, self.pair_collator(pairs), prediction_loss_only, ignore_keys)
 
     def _reference_answers(self, prompts: list[list[int]], seed: int) -> list[Completion] | None:
         """One for each prompt; of a reference that stays they are sampled once. None where there is no reference."""
@@ -343,23 +289,11 @@ class OnlineDPOTrainer(DPOTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         self.tally["eval"].clear()
-        with torch.random.fork_rng(devices=[]):  # data loaders draw a seed
-            return super().evaluation_loop(*args, **kwargs)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _with_more(self, of_pairs: dict[str, float], split: str) -> dict[str, float]:
-        of_samples = means(self.tally[split].table(self.sum_over_ranks, self.args.device))
-        self.tally[split].clear()
-        found = objective_means(of_pairs | of_samples, self.beta)
-        if split == "eval":
-            return found
-        now = time.perf_counter()
-        tokens, seconds = self.sampling["tokens"], self.sampling["seconds"]
-        found |= {"beta": self.beta, "sampling/share_of_time": seconds / (now - self._sampling_logged)}
-        found |= {f"{self.feedback.name}/{name}": value for name, value in self.feedback.counts.items()}
-        if seconds:
-            found["sampling/tokens_per_second"] = tokens / seconds
-        self.sampling, self._sampling_logged = {"tokens": 0.0, "seconds": 0.0}, now
-        return found
+        found = objective_means(of_pairs | self.rollout.numbers(split), self.beta)
+        return found | {"beta": self.beta} if split == "train" else found
 
     # --- checkpoints ---
 
@@ -402,27 +336,6 @@ def _who(feedback: Feedback) -> str:
     return f"rewards ({rewards})" if rewards else f"the judge {feedback.name}"
 
 
-def _with_answers(row: dict[str, Any], answers: list[Completion]) -> Sampled:
-    return Sampled(
-        example_id=row["example_id"],
-        prompt=without_none(row["prompt"]),
-        prompt_ids=row["prompt_ids"],
-        completions=answers,
-        columns={name: value for name, value in row.items() if name not in ("prompt", *OURS)},
-        weight=0.0 if row["example_id"] == FILLER_ID else 1.0,
-    )
-
-
-def _with_completions(sampled: Sampled, completions: list[Completion]) -> Sampled:
-    return Sampled(**{**vars(sampled), "completions": completions})
-
-
 def _seed(*parts: int) -> int:
     """63 bits, as good as unrelated for parts that differ in anything."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _wins(scores: Sequence[float | None]) -> float | None:
-    """1 where the first is better, 0.5 for a tie, 0 else; None where either could not be judged."""
-    first, second = scores
-    return None if first is None or second is None else 0.5 + 0.5 * ((first > second) - (first < second))

@@ -57,7 +57,7 @@ class VLLMServerGenerator:
         max_retries: of a request, with growing pauses.
         api_key_env: name of the environment variable with the server's key, if it has one.
         is_main_process: whether this process is the one that sends adapters.
-        wait: returns when all processes have called it. Called when the weights have changed.
+        wait: returns when all processes have called it. Called twice when the weights have changed.
 
     Raises:
         ValueError: for an option that cannot work, a server that is down, old or not set up for adapters, and when sampling for a
@@ -183,6 +183,7 @@ class VLLMServerGenerator:
     def _hand_over(self, name: str, weights: dict[str, Tensor], config: LoraConfig, slot: tuple[int, str]) -> None:
         others = {there for where, there in self._loaded.items() if where != slot}
         whole = kept(weights)
+        self.wait()  # until nobody samples by the old one any more
         try:
             if self.is_main_process and name not in others:
                 self._send(name, whole, config, others)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import threading
 from pathlib import Path
@@ -290,7 +289,7 @@ def test_another_scale_of_the_same_numbers_is_another_adapter(tmp_path):
 
 
 def test_two_processes_one_of_which_sends(tmp_path, policy):
-    """Threads stand for ranks: both wait whenever weights have changed, and at no other time."""
+    """Threads stand for ranks: both wait whenever weights have changed, and at no other time. One computes longer."""
     together, waits = threading.Barrier(2), []
     copies = [policy, get_peft_model(tiny.llama(), tiny.lora())]
     tiny.fill_adapters(copies[1], scale=0.3)
@@ -305,8 +304,8 @@ def test_two_processes_one_of_which_sends(tmp_path, policy):
 
         def run(rank: int) -> None:
             for seed in (2, 3):
-                for _ in range(2):
-                    answers[rank] = ranks[rank](copies[rank], PROMPTS, 1, decoding=GREEDY, seed=0)
+                for times in (1, 1 + 2 * rank):
+                    answers[rank] = ranks[rank](copies[rank], PROMPTS * times, 1, decoding=GREEDY, seed=0)[:4]
                 if seed == 2:
                     tiny.fill_adapters(copies[rank], seed=seed, scale=0.3)
 
@@ -315,7 +314,7 @@ def test_two_processes_one_of_which_sends(tmp_path, policy):
             thread.start()
         for thread in threads:
             thread.join(60)
-    assert sorted(waits) == ["0", "0", "1", "1"]
+    assert sorted(waits) == ["0"] * 4 + ["1"] * 4, "before and after each of 2 adapters"
     assert answers[0] == answers[1] == here(policy)
     assert len(server.bodies("/v1/load_lora_adapter")) == 2
 
@@ -329,7 +328,7 @@ def test_a_main_process_that_fails_leaves_nobody_waiting(tmp_path, policy):
         other = generator(server, tmp_path, is_main_process=False, wait=lambda: waits.append(1))
         with pytest.raises(FeedbackUnavailable, match="has not got the adapter of the main process"):
             other(policy, PROMPTS, 1, decoding=GREEDY, seed=0)
-    assert waits == [0, 1]
+    assert waits == [0, 0, 1, 1]
 
 
 # --- a server that is not there, or says no ---
@@ -550,6 +549,8 @@ def test_the_key_is_nowhere(where, status, tmp_path, policy, monkeypatch, caplog
     words = ""
 
     def echo(path: str, body: Any, answer: Any) -> Any:
+        if path == where == "/v1/load_lora_adapter":
+            server.adapters.clear()  # it said no
         return error(status, f"no: {server.authorizations[-1]}") if path == where else answer
 
     with VLLMStandIn(tiny.llama(), changed=echo, key=KEY) as server:
@@ -558,8 +559,8 @@ def test_the_key_is_nowhere(where, status, tmp_path, policy, monkeypatch, caplog
             words += f"{vars(ask)} {vars(ask.server)}"
             ask(policy, PROMPTS[:1], 1, decoding=GREEDY, seed=0)
         except (ValueError, FeedbackUnavailable) as found:
-            assert "http://127.0.0.1" in str(found)
             words += every_word_of(found)
+    assert f"generation server {server.base_url}" in words
     assert f"Bearer {KEY}" in server.authorizations
     words += f"{caplog.text} {capfd.readouterr()} {[vars(record) for record in caplog.records]}"
     words += "".join(path.read_bytes().decode(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
@@ -659,24 +660,34 @@ def test_without_the_package(tmp_path, monkeypatch):
 # --- in a run ---
 
 
-def test_a_run_that_samples_from_the_server(tmp_path):
-    """Of 3 steps the server gets an adapter each, and the last one once more when it is evaluated: none."""
-    adapted = get_peft_model(tiny.llama(), tiny.lora())
-    tiny.fill_adapters(adapted, scale=0.3)
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_a_run_that_samples_from_the_server(trained_before, tmp_path):
+    """3 steps with an adapter each, and the last one. The reference is the base, or a copy of the adapter that began."""
+    parts: dict[str, Any] = {"model": tiny.llama(), "peft_config": tiny.lora()}
+    if trained_before:
+        parts = {"model": get_peft_model(tiny.llama(), tiny.lora())}
+        tiny.fill_adapters(parts["model"], scale=0.3)
+    began = here(parts["model"])
     with VLLMStandIn(tiny.llama()) as server:
         trainer = online_tiny.trainer(
-            tmp_path, model=adapted, generator=generator(server, tmp_path), max_steps=3, max_new_tokens=4
+            tmp_path,
+            generator=generator(server, tmp_path),
+            parts=parts,
+            max_steps=3,
+            max_new_tokens=4,
+            learning_rate=2.0,
         )
         trainer.train()
-        prompts = ["cat", "the owl"]
-        asked = trainer.sample_answers(prompts, max_new_tokens=NEW)
-        ids = [online_tiny.ids_of(text, finished=False) for text in prompts]
-        ours = TransformersGenerator(tiny.tokenizer(), pad_token_id=tiny.PAD, end_ids=[tiny.END], batch_size=8)
-        assert asked == [row[0].text for row in ours(adapted, ids, 1, decoding=GREEDY, seed=0)]
+        texts = ["cat", "the owl likes", "x", "dog eats figs and hay"]  # PROMPTS
+        now = trainer.sample_answers(texts, max_new_tokens=NEW)
+        assert now == [answer.text for (answer,) in here(trainer.model)]
         for _ in range(2):
-            trainer.sample_answers(prompts, reference=True)
-    assert len(server.bodies("/v1/load_lora_adapter")) == 4
+            then = trainer.sample_answers(texts, reference=True, max_new_tokens=NEW)
+            assert then == [answer.text for (answer,) in began]
+            assert then != now
+        assert trainer.sample_answers(texts, max_new_tokens=NEW) == now
     models = [body["model"] for body in server.bodies("/v1/completions")]
-    assert models[-4:] == [BASE] * 4
-    assert len(set(models)) == 5
-    assert json.loads((tmp_path / "adapters" / models[-5] / "adapter_config.json").read_text())["r"] == 4
+    assert (BASE in models) is not trained_before
+    assert len(set(models)) == 5 - trained_before
+    assert len(server.bodies("/v1/load_lora_adapter")) == 4 + trained_before
+    assert folders(tmp_path) == sorted(server.adapters)
