@@ -1,17 +1,46 @@
-"""Who gives feedback in a run: a judge, or a weighted sum of rewards."""
+"""Who samples in a run, and who gives feedback: a judge, or a weighted sum of rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..logprobs import base_model
 from . import judges  # noqa: F401  # registers those that come with the package
 from .config import OnlineDPOConfig
 from .feedback import Feedback, make_judge
+from .generation import ContinuousGenerator, Generator, TransformersGenerator, end_tokens
 from .reward_model import RewardModel
 from .rewards import Rewards, load_reward_module
+
+
+def choose_generator(
+    args: OnlineDPOConfig, tokenizer: Any, policy: Any, pad_token_id: int, wait: Callable[[], Any]
+) -> Generator:
+    """As `--generator` says. `wait` returns when all processes have called it.
+
+    Raises:
+        ValueError: for a stop token that is none, and a policy or a server that do not fit.
+    """
+    ends = end_tokens(tokenizer, base_model(policy), args.stop_tokens)
+    if args.generator == "vllm_server":
+        from .vllm_server import VLLMServerGenerator, check_policy  # needs a library that others do without
+
+        check_policy(policy)
+        assert args.vllm_server_url is not None  # OnlineDPOConfig refuses
+        return VLLMServerGenerator(
+            tokenizer,
+            base_url=args.vllm_server_url,
+            adapter_dir=args.vllm_adapter_dir or Path(args.output_dir, "vllm_adapters"),
+            end_ids=ends,
+            is_main_process=args.process_index == 0,
+            wait=wait,
+        )
+    kind = ContinuousGenerator if args.generator == "continuous" else TransformersGenerator
+    return kind(tokenizer, pad_token_id=pad_token_id, end_ids=ends, batch_size=args.generation_batch_size)
 
 
 def choose_feedback(args: OnlineDPOConfig, *, judge: Any, rewards: Any, tokenizers: Any) -> Feedback:

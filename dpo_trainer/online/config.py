@@ -45,8 +45,20 @@ class OnlineDPOConfig(DPOConfig):
         metadata=choices(
             "transformers",
             "continuous",
-            help="Who samples: the model's generate, or its generate_batch (continuous batching, for GPUs).",
+            "vllm_server",
+            help="Who samples: the model's generate, its generate_batch (continuous batching, for GPUs), or a vLLM server that is "
+            "sent the LoRA adapter.",
         ),
+    )
+    vllm_server_url: str | None = field(
+        default=None, metadata={"help": "Address of the server of --generator vllm_server, up to its /v1."}
+    )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder that this run and the server of --generator vllm_server see under one path. Default: vllm_adapters "
+            "in --output_dir."
+        },
     )
     num_generations: int = field(
         default=2, metadata={"help": "Completions that are sampled for each prompt, at least 2."}
@@ -176,6 +188,13 @@ class OnlineDPOConfig(DPOConfig):
             value = getattr(self, name)
             if type(value) is not int or value < bound:
                 raise ValueError(f"--{name} must be an integer of at least {bound}, got {value!r}.")
+        for name in ("vllm_server_url", "vllm_adapter_dir"):
+            if getattr(self, name) is not None and self.generator != "vllm_server":
+                raise ValueError(
+                    f"--{name} without --generator vllm_server would do nothing: add that, or leave it out."
+                )
+        if self.generator == "vllm_server" and self.vllm_server_url is None:
+            raise ValueError("--generator vllm_server needs --vllm_server_url, such as http://localhost:8000/v1.")
         if self.generation_batch_size < self.num_generations:
             raise ValueError(
                 f"--generation_batch_size {self.generation_batch_size} is less than --num_generations {self.num_generations}: the "

@@ -26,10 +26,10 @@ from ..fillers import unweigh_fillers
 from ..logprobs import base_model
 from ..run_data import Rows
 from ..trainer import DPOTrainer
-from .choose import choose_feedback
+from .choose import choose_feedback, choose_generator
 from .config import OnlineDPOConfig
 from .feedback import Feedback, FeedbackUnavailable
-from .generation import ContinuousGenerator, Generator, TransformersGenerator, end_tokens
+from .generation import Generator
 from .metrics import ONLINE_METRICS, objective_means
 from .prompts import PromptData, collate_prompts
 from .rollout import Rollout
@@ -132,13 +132,8 @@ class OnlineDPOTrainer(DPOTrainer):
         inner = base_model(model)
         longest = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None)
         window = min((n for n in (longest, self.args.max_length) if n is not None), default=None)
-        ends = end_tokens(self.processing_class, inner, self.args.stop_tokens)
-        kind = ContinuousGenerator if self.args.generator == "continuous" else TransformersGenerator
-        self.generator: Generator = self.given_generator or kind(
-            self.processing_class,
-            pad_token_id=self.pad_token_id,
-            end_ids=ends,
-            batch_size=self.args.generation_batch_size,
+        self.generator: Generator = self.given_generator or choose_generator(
+            self.args, self.processing_class, model, self.pad_token_id, lambda: self.accelerator.wait_for_everyone()
         )
         return PromptData(self.args, self.processing_class, window, vocabulary_size=self._needs(model).vocabulary_size)
 

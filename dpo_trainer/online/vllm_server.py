@@ -42,7 +42,8 @@ class VLLMServerGenerator:
     (vllm-project/vllm#42125) and has read the adapter from disk at each step (#41482). Whatever carries `lora_name` and is no
     longer in use is unloaded and deleted, also that of an earlier run: runs that share a server need a `lora_name` each.
 
-    The reference "policy with its adapter off" is the server's base model.
+    The reference "policy with its adapter off" is the server's base model. Let the server hold that as training does: another
+    quantisation or precision is another model, and its samples are not quite the policy's.
 
     Equal calls give equal samples as far as the server's arithmetic does: a batch of another size may round otherwise.
 
@@ -133,9 +134,10 @@ class VLLMServerGenerator:
         """[K] in the order of the server's index."""
         choices = reply.json().get("choices")
         choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-        if sorted(str(choice.get("index")) for choice in choices) != sorted(map(str, range(count))):
+        by_index = {str(choice.get("index")): choice for choice in choices}
+        if by_index.keys() != {str(index) for index in range(count)}:
             raise ValueError(f"{self.server.name} returned {len(choices)} choices for n={count}: is it a vLLM server?")
-        return [self._completion(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        return [self._completion(by_index[str(index)]) for index in range(count)]
 
     def _completion(self, choice: dict[str, Any]) -> Completion:
         ids, finish, stop = (choice.get(key) for key in ("token_ids", "finish_reason", "stop_reason"))
@@ -148,18 +150,16 @@ class VLLMServerGenerator:
                 f"{self.server.name} broke off a completion ({finish}). Start it again, and resume."
             )
         finished = finish == "stop"
-        if finished and (
-            not ids or ids[-1] not in self.end_ids
-        ):  # vLLM has it among the ids, but for a proxy or a fork
+        # vLLM has the end among the ids; so it is also where something between us leaves it out.
+        if finished and ids[-1:] not in [[end] for end in self.end_ids]:
             ids = [*ids, stop if stop in self.end_ids else self.end_ids[0]]
         return Completion(ids=ids, text=self.tokenizer.decode(ids, skip_special_tokens=True), finished=finished)
 
     def _no_completion(self, reply: Reply, length: int, name: str, decoding: Decoding) -> Exception:
         new, longest = decoding.max_new_tokens, self.server.max_model_len
         what = f"for {new} tokens after a prompt of {length} tokens, by the model {name!r}"
-        if (
-            reply.status == 404
-        ):  # a server that came back has the base alone; a run that comes back sends the adapter again
+        if reply.status == 404:
+            # A server that came back has the base alone; a run that comes back sends the adapter again.
             return self.server.failure(reply, what, refused=False)
         room = f"The server takes {longest} tokens in all: " if longest is not None and length + new > longest else ""
         way_out = "lower --max_length or --max_new_tokens, or start the server with a larger --max-model-len."

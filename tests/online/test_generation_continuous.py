@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import online_tiny
 import tiny
 import torch
 
@@ -35,3 +36,12 @@ def test_several_completions_of_each_prompt_stand_together():
     assert len({tuple(answer.ids) for row in sampled for answer in row}) > 6, "they are drawn"
     assert generators()[1](model, PROMPTS, 3, decoding=Decoding(max_new_tokens=5), seed=1) == sampled
     assert generators()[1](model, PROMPTS, 3, decoding=Decoding(max_new_tokens=5), seed=2) != sampled
+
+
+def test_a_run_samples_by_the_generator_that_is_named(tmp_path):
+    named = online_tiny.config(tmp_path, generator="continuous", max_steps=1)
+    online = online_tiny.trainer(tmp_path, parts={"args": named})
+    assert type(online.generator) is ContinuousGenerator
+    online.train()
+    assert online_tiny.lines(online)[0]["completions/length"] > 0
+    assert type(online_tiny.trainer(tmp_path).generator) is TransformersGenerator

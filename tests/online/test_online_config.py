@@ -57,6 +57,10 @@ def parse(*argv: str):
           for value in (-1, math.nan, math.inf, True)],
         *[({"beta": value}, f"--beta must be a number above 0, or a list of them, one for each epoch; got {value!r}")
           for value in (0, -0.1, math.nan, math.inf, "0.1", None, True, [], [0.1, 0], [0.1, "0.2"])],
+        ({"generator": "vllm"}, "--generator 'vllm' is not one of transformers, continuous, vllm_server"),
+        ({"generator": "vllm_server"}, "--generator vllm_server needs --vllm_server_url"),
+        ({"vllm_server_url": "http://x/v1"}, "--vllm_server_url without --generator vllm_server would do nothing"),
+        ({"vllm_adapter_dir": "here"}, "--vllm_adapter_dir without --generator vllm_server would do nothing"),
         ({"pair_selection": "best"}, "--pair_selection 'best' is not one of best_worst, all"),
         ({"num_generations": 5, "generation_batch_size": 4},
          "--generation_batch_size 4 is less than --num_generations 5"),
