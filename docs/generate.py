@@ -26,7 +26,7 @@ from dpo_trainer.config import DPOConfig  # noqa: E402
 from dpo_trainer.losses import LOSSES  # noqa: E402
 from dpo_trainer.losses.record import SUPPLIED  # noqa: E402
 from dpo_trainer.metrics import METRICS  # noqa: E402
-from dpo_trainer.online import judges as _  # noqa: E402  # registers them
+from dpo_trainer.online import judges as _  # noqa: E402, F401  # registers them
 from dpo_trainer.online.config import OnlineDPOConfig  # noqa: E402
 from dpo_trainer.online.feedback import JUDGES  # noqa: E402
 from dpo_trainer.online.metrics import ONLINE_METRICS, TALLIED  # noqa: E402
@@ -113,7 +113,9 @@ def metrics() -> str:
 def online_metrics() -> str:
     known = {*TALLIED, *(set(ONLINE_METRICS) - set(METRICS))}
     if known - set(ONLINE_MEANINGS):
-        raise SystemExit(f"ONLINE_MEANINGS in {__file__} lacks {sorted(known - set(ONLINE_MEANINGS))}: add their lines.")
+        raise SystemExit(
+            f"ONLINE_MEANINGS in {__file__} lacks {sorted(known - set(ONLINE_MEANINGS))}: add their lines."
+        )
     return table(["metric", "meaning"], [[f"`{name}`", meaning] for name, meaning in ONLINE_MEANINGS.items()])
 
 

@@ -66,7 +66,7 @@ class Chat:
         if not isinstance(model, str) or not model.strip():
             raise ValueError(f"model is {model!r}: give the name that the server knows, see its /v1/models.")
         self.model = model
-        self.base_url = _url(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
+        self.base_url = checked_url(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
         self.api_key_env = api_key_env
         self._api_key()
         self.temperature = None if temperature is None else checked_number("temperature", temperature)
@@ -83,7 +83,7 @@ class Chat:
             ValueError: for a key or a model that the server refuses.
             FeedbackUnavailable: where nothing was answered for `wait_minutes`.
         """
-        return _run(self._ask_patiently(requests, seen)) if requests else []
+        return run_now(self._ask_patiently(requests, seen)) if requests else []
 
     async def _ask_patiently(self, requests: Sequence[Turns], seen: Callable[..., Awaitable[None]]) -> list[Reply]:
         """Where the server falls silent: pause, and go on with what was not asked yet, or with all if it never answered."""
@@ -182,7 +182,7 @@ class Chat:
         import openai
 
         # A proxy from the environment would look for this machine's server on its own.
-        http_client = openai.DefaultAsyncHttpxClient(trust_env=not _is_loopback(self.base_url))
+        http_client = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.base_url))
         return openai.AsyncOpenAI(
             api_key=self._api_key(),
             base_url=self.base_url,
@@ -198,7 +198,7 @@ class Chat:
             # Not shown: it may be the key itself.
             raise ValueError("api_key_env is no name of a variable (A-Z, 0-9, _): give the name, never the key.")
         key = os.environ.get(name, "")
-        if not key and _is_loopback(self.base_url):
+        if not key and is_loopback(self.base_url):
             return "none-needed"
         if not key:
             raise ValueError(
@@ -228,7 +228,7 @@ def _read(body: bytes) -> Reply:
     return Reply(text=content or "", cut=finish == "length", tokens=(tokens_in, tokens_out))
 
 
-def _run(work: Coroutine[Any, Any, T]) -> T:
+def run_now(work: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -241,7 +241,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return pool.submit(asyncio.run, work).result()
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -249,7 +249,7 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _url(given: Any) -> str:
+def checked_url(given: Any) -> str:
     if not isinstance(given, str) or "@" in given or "?" in given:  # not shown: a password may be in it
         raise ValueError(
             "base_url must be a text without user, password or query: the key goes where api_key_env says."

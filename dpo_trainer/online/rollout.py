@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,14 @@ from .pairing import Outcome, paired
 from .prompts import OURS
 from .samples import Completion, Sampled
 
+T = TypeVar("T")
+
 
 class Rollout:
     """Samples, scores and pairs under the options of one run. Counts are of this rank until they are read.
 
     Args:
-        sum_over_ranks: of a tensor; every rank calls what uses it, `scored` and `numbers`.
+        sum_over_ranks: of a tensor. Every rank calls what uses it: `sampled`, `scored`, `compared`, `numbers`.
     """
 
     def __init__(self, args: OnlineDPOConfig, feedback: Feedback, sum_over_ranks: Callable[[Tensor], Tensor]):
@@ -38,6 +40,21 @@ class Rollout:
         self._tokens = self._seconds = 0.0  # of generation
         self._since = time.perf_counter()
 
+    def asked(self, ask: Callable[[], T]) -> T:
+        """What others answer, a judge or a server that samples. Every rank calls.
+
+        Raises:
+            FeedbackUnavailable: on all ranks, if nobody answers one of them for good.
+        """
+        problem: FeedbackUnavailable | None = None
+        try:
+            answer = ask()
+        except FeedbackUnavailable as error:
+            problem = error
+        if self.sum_over_ranks(torch.tensor(float(problem is not None), device=self.args.device)):
+            raise problem or FeedbackUnavailable("Another process got no answer.")
+        return answer
+
     def sampled(
         self, generator: Generator, model: nn.Module, rows: Sequence[dict[str, Any]], seed: int
     ) -> list[Sampled]:
@@ -45,25 +62,14 @@ class Rollout:
         began = time.perf_counter()
         prompts = [row["prompt_ids"] for row in rows]
         count, decoding = self.args.num_generations, self.args.decoding
-        completions = generator(model, prompts, count, decoding=decoding, seed=seed)
+        completions = self.asked(lambda: generator(model, prompts, count, decoding=decoding, seed=seed))
         self._seconds += time.perf_counter() - began
         self._tokens += sum(len(answer.ids) for answers in completions for answer in answers)
         return [_with_answers(row, answers) for row, answers in zip(rows, completions, strict=True)]
 
     def scored(self, samples: Sequence[Sampled]) -> Scores:
-        """With the penalty for answers that did not end.
-
-        Raises:
-            FeedbackUnavailable: on all ranks, if nobody answers one of them for good.
-        """
-        problem: FeedbackUnavailable | None = None
-        scores: Scores = []
-        try:
-            scores = self.feedback(samples)
-        except FeedbackUnavailable as error:
-            problem = error
-        if self.sum_over_ranks(torch.tensor(float(problem is not None), device=self.args.device)):
-            raise problem or FeedbackUnavailable("Feedback failed on another process.")
+        """With the penalty for answers that did not end."""
+        scores = self.asked(lambda: self.feedback(samples))
         penalty = self.args.missing_eos_penalty or 0.0
         return [
             [

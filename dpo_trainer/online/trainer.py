@@ -92,6 +92,11 @@ class OnlineDPOTrainer(DPOTrainer):
                 "Sampling by transformers needs the whole model on every process, and FSDP and ZeRO-3 cut it: use DDP or ZeRO-1/2 "
                 "(accelerate_configs/), or a generator of your own."
             )
+        if args.generator == "vllm_server" and ref_model is not None:
+            raise ValueError(
+                "--generator vllm_server knows the policy's base model and its adapter, and no ref_model (--ref_model_name_or_path): "
+                "leave that out, or sample by transformers."
+            )
         self.feedback: Feedback = choose_feedback(
             args,
             judge=judge,
@@ -217,8 +222,8 @@ class OnlineDPOTrainer(DPOTrainer):
         """Prompts of several steps -> rows of pairs in the same places, by one generation and one round of feedback."""
         rows = [row for step in steps for batch in step for row in batch]
         seed = _seed(self.args.seed, self.args.process_index, self.state.global_step)
-        samples = self.rollout.sampled(self.generator, self.model_wrapped, rows, seed)
         try:
+            samples = self.rollout.sampled(self.generator, self.model_wrapped, rows, seed)
             scores = self.rollout.scored(samples)
         except FeedbackUnavailable as error:
             raise self._saved_for_later(error) from error
@@ -257,9 +262,9 @@ class OnlineDPOTrainer(DPOTrainer):
         with self.reference.in_place(self.model_wrapped) as model:
             if model is None:
                 return None
-            if new:
-                sampled = self.generator(model, new, 1, decoding=self.args.decoding, seed=seed)
-                known.update({tuple(ids): answer for ids, (answer,) in zip(new, sampled, strict=True)})
+            ask = partial(self.generator, model, new, 1, decoding=self.args.decoding, seed=seed)
+            sampled = self.rollout.asked(lambda: ask() if new else [])
+            known.update({tuple(ids): answer for ids, (answer,) in zip(new, sampled, strict=True)})
         return [known[tuple(ids)] for ids in prompts]
 
     def sample_answers(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .chat import REPEATED, _is_loopback, _run, _url, checked_number
+from .chat import REPEATED, checked_number, checked_url, is_loopback, run_now
 from .feedback import FeedbackUnavailable
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class VLLMClient:
     def __init__(self, base_url: str, *, api_key_env: str, concurrency: int, timeout: float, max_retries: int):
         if importlib.util.find_spec("openai") is None:
             raise ValueError("The generation server needs the openai package: `pip install 'dpo_trainer[judge]'`.")
-        self.base_url = _url(base_url)
+        self.base_url = checked_url(base_url)
         if not self.base_url.endswith("/v1"):
             self.base_url += "/v1"
         self.api_key_env = api_key_env
@@ -138,7 +138,7 @@ class VLLMClient:
 
     def complete(self, bodies: Sequence[dict[str, Any]]) -> dict[int, Reply]:
         """Replies to POST /v1/completions by place. The first that fails ends it: what was not begun by then is missing."""
-        return _run(self._complete(bodies)) if bodies else {}
+        return run_now(self._complete(bodies)) if bodies else {}
 
     async def _complete(self, bodies: Sequence[dict[str, Any]]) -> dict[int, Reply]:
         waiting, replies = deque(enumerate(bodies)), dict[int, Reply]()
@@ -175,10 +175,10 @@ class VLLMClient:
         return [card for card in cards if isinstance(card, dict) and "id" in card] if isinstance(cards, list) else []
 
     def _get(self, path: str) -> Reply:
-        return _run(self._alone(path, None, self.max_retries))
+        return run_now(self._alone(path, None, self.max_retries))
 
     def _post(self, path: str, body: dict[str, Any], *, max_retries: int | None = None) -> Reply:
-        return _run(self._alone(path, body, self.max_retries if max_retries is None else max_retries))
+        return run_now(self._alone(path, body, self.max_retries if max_retries is None else max_retries))
 
     async def _alone(self, path: str, body: dict[str, Any] | None, max_retries: int) -> Reply:
         async with self._client(max_retries) as client:
@@ -207,7 +207,7 @@ class VLLMClient:
             timeout=self.timeout,
             max_retries=max_retries,
             # A proxy from the environment would look for this machine's server on its own.
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not _is_loopback(self.base_url)),
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.base_url)),
         )
 
     def _api_key(self) -> str:

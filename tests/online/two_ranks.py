@@ -93,7 +93,10 @@ def run(folder: Path, ranks: int, *, down: int | None = None) -> dict[str, Any]:
         trainer.train()
     except FeedbackUnavailable as error:
         said = str(error)
-    weights = {name: p.detach().flatten()[:50].tolist() for name, p in extract_model_from_parallel(trainer.model).named_parameters()}
+    weights = {
+        name: p.detach().flatten()[:50].tolist()
+        for name, p in extract_model_from_parallel(trainer.model).named_parameters()
+    }
     return {"lines": trainer.state.log_history, "weights": weights, "said": said}
 
 
