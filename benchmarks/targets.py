@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from statistics import median
 from typing import Any
 
 Record = dict[str, Any]
@@ -39,6 +40,18 @@ def share(case: str) -> Callable[[Records], float | None]:
     return measured
 
 
+def needed(case: str) -> Callable[[Records], float | None]:
+    """Share of the tokens through the policy that the mathematics needs: every prompt and every completion once."""
+
+    def measured(records: Records) -> float | None:
+        record = records.get(case)
+        if record is None or record["void"]:
+            return None
+        return median(run["useful_tokens"] / run["policy_tokens"] for run in record["runs"] if run["side"] == "ours")
+
+    return measured
+
+
 TARGETS: list[tuple[str, float, bool, Callable[[Records], float | None]]] = [
     ("HH, batch 8, reference online, over TRL", 6.0, True, gain("hh-b8")),
     ("UltraFeedback, batch 8, over TRL", 3.5, True, gain("ultrafeedback-b8")),
@@ -47,12 +60,15 @@ TARGETS: list[tuple[str, float, bool, Callable[[Records], float | None]]] = [
     ("HH, batch 8, peak memory, of TRL's", 0.2, False, memory("hh-b8")),
     ("HH, batch 8, share of the floor", 0.7, True, share("hh-b8")),
     ("UltraFeedback, batch 8, share of the floor", 0.7, True, share("ultrafeedback-b8")),
+    ("HH, batch 8, of the tokens computed those that are needed", 0.9, True, needed("hh-b8")),
+    ("UltraFeedback, batch 8, the same", 0.9, True, needed("ultrafeedback-b8")),
     ("ranked list of 8 over pairwise rows", 4.0, True, gain("ranked-8", "ours", "pairwise")),
     ("GPU, Qwen2-0.5B, bfloat16, HH, over TRL", 4.0, True, gain("gpu-0.5b-hh-b8")),
     ("GPU, Qwen2-0.5B, bfloat16, UltraFeedback, over TRL", 2.5, True, gain("gpu-0.5b-ultrafeedback-b8")),
     ("GPU, Qwen2-7B, bfloat16, HH, over TRL", 4.0, True, gain("gpu-7b-hh-b8")),
     ("GPU, Qwen2-7B, bfloat16, UltraFeedback, over TRL", 2.5, True, gain("gpu-7b-ultrafeedback-b8")),
     ("GPU, Qwen2-7B, bfloat16, HH, share of the floor", 0.45, True, share("gpu-7b-hh-b8")),
+    ("GPU, Qwen2-7B, bfloat16, HH, of the tokens computed those that are needed", 0.9, True, needed("gpu-7b-hh-b8")),
 ]
 """What is measured, the bound, whether it is a lower one, how to read it from the records."""
 

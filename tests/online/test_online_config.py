@@ -339,7 +339,7 @@ def test_a_reward_model_gets_its_tokenizer(reward_model):
         ({"rewards": [short, short]}, "Two rewards are named 'short'"),
         ({"reward_module": "no/such.py"}, "there is no such file"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_feedback_that_is_refused(how, said):
     with pytest.raises(ValueError, match=re.escape(said)):
