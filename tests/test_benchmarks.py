@@ -239,7 +239,12 @@ def test_costs_by_hand():
 
 
 def run_of(side: str, rate: float = 1.0, losses=(0.7, 0.6), order: str = "a", **more) -> dict:
-    figures = dict.fromkeys(suite.FIGURES, 1.0) | {"pairs_per_cpu_s": rate, "policy_tokens": 20, "useful_tokens": 19, "pairs": 4}
+    figures = dict.fromkeys(suite.FIGURES, 1.0) | {
+        "pairs_per_cpu_s": rate,
+        "policy_tokens": 20,
+        "useful_tokens": 19,
+        "pairs": 4,
+    }
     about = {"version": "1", "torch": "2", "transformers": "5", "parameters": 10**6, "matmul_rate": 1e11}
     return {
         "side": side,
