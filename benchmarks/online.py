@@ -1,11 +1,11 @@
 """Online DPO beside TRL's experimental trainer: completions per second, peak memory, and what is learnt in equal steps.
 
-    python benchmarks/online.py --data-dir <folder>                   about 20 minutes of one core
+    python benchmarks/online.py --data-dir <folder>                   about 8 minutes of one core
     python benchmarks/online.py --part speed --repeats 1
 
-Both get the same prompts of HH, initial weights, reward (the share of letters that are an "e"), batch, limit of new tokens and
-temperature, two completions for each prompt; they draw other random numbers. Speed: the model of the suite, the steps after
-the first. Learning: a smaller model, one curve for each seed.
+Both get the same prompts, initial weights, reward, batch, limit of new tokens and temperature, two completions for each
+prompt; they draw other random numbers. Speed: prompts of HH and the model of the suite, the steps after the first. Learning:
+the demo's question and model, whose answers name one of ten foods; the reward is 1 for pizza. One run for each seed.
 
 Writes `benchmarks/results/online.json` and `.md`.
 """
@@ -27,12 +27,15 @@ import jobs
 from cases import MODEL, Case
 
 SIDES = ("ours", "trl")
-SMALL = MODEL | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 PARTS: dict[str, dict[str, Any]] = {
-    "speed": {"model": MODEL, "steps": 3, "max_new_tokens": 64, "learning_rate": 5e-5, "seeds": (0,)},
-    "learning": {"model": SMALL, "steps": 30, "max_new_tokens": 32, "learning_rate": 5e-4, "seeds": (0, 1, 2)},
+    "speed": {"steps": 3, "max_new_tokens": 64, "learning_rate": 5e-5, "seeds": (0,)},
+    "learning": {"steps": 39, "max_new_tokens": 8, "learning_rate": 5e-4, "seeds": (0, 1, 2)},
 }
 LAST = 5  # steps that the learnt reward is a mean of
+
+
+def pizza(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float("pizza" in text) for text in completions]
 
 
 def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -61,26 +64,33 @@ def main() -> int:
 
 def runs_of(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     settings = PARTS[part]
-    case = Case("online", "hh", {}, steps=settings["steps"], model=settings["model"], max_length=512)
-    prepared = jobs.prepare(case, options)
+    given = demo(settings["steps"] + 1) if part == "learning" else of_suite(settings["steps"], options)
     repeats = options.repeats if part == "speed" else 1
     runs = []
     for seed in (seed for _ in range(repeats) for seed in settings["seeds"]):
         for side in SIDES:
-            job = {
-                "side": side,
-                "seed": seed,
-                "prompts": [row["prompt"] for row in prepared["rows"]],
-                "batch": case.batch,
-                **{name: prepared[name] for name in ("model", "tokenizer", "threads")},
-                **{name: value for name, value in settings.items() if name != "seeds"},
-                "steps": settings["steps"] + case.warm_up,
-                "model": prepared["model"],
-            }
+            plain = {name: value for name, value in settings.items() if name != "seeds"}
+            job = {**given, **plain, "part": part, "side": side, "seed": seed, "threads": options.threads}
+            job |= {"batch": 8, "steps": settings["steps"] + 1}
             figures = {"part": part, "side": side, "seed": seed, **run(side, job, options)}
             print({name: value for name, value in figures.items() if name != "rewards"}, flush=True)
             runs.append(figures)
     return runs
+
+
+def of_suite(steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    prepared = jobs.prepare(Case("online", "hh", {}, steps=steps, model=MODEL, max_length=512), options)
+    prompts = [row["prompt"] for row in prepared["rows"]]
+    return {"prompts": prompts, "model": prepared["model"], "tokenizer": prepared["tokenizer"]}
+
+
+def demo(steps: int) -> dict[str, Any]:
+    """As strings: the two trainers render conversations in ways of their own."""
+    from dpo_trainer.demo import demo_model_and_tokenizer, world
+
+    folder = str(demo_model_and_tokenizer())
+    prompt = f"{world.USER}{world.question(world.TARGET_NAME)}{world.END}{world.ASSISTANT}"
+    return {"prompts": [prompt] * (8 * steps), "model": folder, "tokenizer": folder}
 
 
 def run(side: str, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -97,15 +107,14 @@ def run(side: str, job: dict[str, Any], options: argparse.Namespace) -> dict[str
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from datasets import disable_progress_bars
-    from one_run import build_model, peak_rss_gb
+    from one_run import peak_rss_gb
     from watching import Clock
 
     torch.set_num_threads(job["threads"])
     disable_progress_bars()
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        model = build_model(job["model"], job["model"]["vocab_size"], 0)
-        trainer = trainer_of(job, model, folder, clock)
+        trainer = trainer_of(job, folder, clock)
         trainer.train()
     counted = (job["steps"] - 1) * job["batch"] * 2
     cpu_s, wall_s = clock.cost()
@@ -118,7 +127,16 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def trainer_of(job: dict[str, Any], model: Any, folder: str, clock: Any) -> Any:
+def model_of(job: dict[str, Any]) -> Any:
+    from one_run import build_model
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(job["model"], str):
+        return AutoModelForCausalLM.from_pretrained(job["model"])
+    return build_model(job["model"], job["model"]["vocab_size"], 0)
+
+
+def trainer_of(job: dict[str, Any], folder: str, clock: Any) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -127,7 +145,7 @@ def trainer_of(job: dict[str, Any], model: Any, folder: str, clock: Any) -> Any:
         "per_device_train_batch_size": job["batch"],
         "max_steps": job["steps"],
         "max_new_tokens": job["max_new_tokens"],
-        "max_length": 512,
+        "max_length": 512 if job["part"] == "speed" else 64,
         "temperature": 0.9,
         "beta": [0.1],
         "learning_rate": job["learning_rate"],
@@ -141,20 +159,21 @@ def trainer_of(job: dict[str, Any], model: Any, folder: str, clock: Any) -> Any:
         "disable_tqdm": True,
     }
     parts = {
-        "model": model,
-        "reward_funcs": letters,
+        "model": model_of(job),
+        "reward_funcs": letters if job["part"] == "speed" else pizza,
         "train_dataset": Dataset.from_list([{"prompt": prompt} for prompt in job["prompts"]]),
         "processing_class": AutoTokenizer.from_pretrained(job["tokenizer"]),
         "callbacks": [clock],
     }
     if job["side"] == "trl":
-        from one_run import build_model
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
         # It makes its reference by loading the policy again by name, and a model made here has none.
-        parts["ref_model"] = build_model(job["model"], job["model"]["vocab_size"], 0)
+        parts["ref_model"] = model_of(job)
     else:
         from dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer
+
+        arguments["allow_special_tokens_in_text"] = True  # as TRL reads strings
     return OnlineDPOTrainer(args=OnlineDPOConfig(**arguments), **parts)
 
 

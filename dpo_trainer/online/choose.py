@@ -26,6 +26,7 @@ def choose_generator(
         ValueError: for a stop token that is none, and a policy or a server that do not fit.
     """
     ends = end_tokens(tokenizer, base_model(policy), args.stop_tokens)
+    adapters = args.vllm_adapter_dir or Path(args.output_dir, "vllm_adapters")
     if args.generator == "vllm_server":
         from .vllm_server import VLLMServerGenerator, check_policy  # needs a library that others do without
 
@@ -34,10 +35,25 @@ def choose_generator(
         return VLLMServerGenerator(
             tokenizer,
             base_url=args.vllm_server_url,
-            adapter_dir=args.vllm_adapter_dir or Path(args.output_dir, "vllm_adapters"),
+            adapter_dir=adapters,
             end_ids=ends,
             is_main_process=args.process_index == 0,
             wait=wait,
+        )
+    if args.generator == "vllm_colocated":
+        from .vllm_colocated import VLLMColocatedGenerator
+
+        if args.world_size > 1:
+            raise ValueError(
+                "--generator vllm_colocated is for one process: start a server, and use --generator vllm_server."
+            )
+        return VLLMColocatedGenerator(
+            tokenizer,
+            policy,
+            adapter_dir=adapters,
+            end_ids=ends,
+            gpu_memory=args.vllm_gpu_memory,
+            max_model_len=args.max_length,
         )
     kind = ContinuousGenerator if args.generator == "continuous" else TransformersGenerator
     return kind(tokenizer, pad_token_id=pad_token_id, end_ids=ends, batch_size=args.generation_batch_size)

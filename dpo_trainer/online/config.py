@@ -46,8 +46,9 @@ class OnlineDPOConfig(DPOConfig):
             "transformers",
             "continuous",
             "vllm_server",
-            help="Who samples: the model's generate, its generate_batch (continuous batching, for GPUs), or a vLLM server that is "
-            "sent the LoRA adapter.",
+            "vllm_colocated",
+            help="Who samples: the model's generate, its generate_batch (continuous batching, for GPUs), a vLLM server that is sent "
+            "the LoRA adapter, or vLLM in this process, likewise.",
         ),
     )
     vllm_server_url: str | None = field(
@@ -56,9 +57,12 @@ class OnlineDPOConfig(DPOConfig):
     vllm_adapter_dir: str | None = field(
         default=None,
         metadata={
-            "help": "A folder that this run and the server of --generator vllm_server see under one path. Default: vllm_adapters "
-            "in --output_dir."
+            "help": "Where adapters are written for vLLM: a folder that this run and the server see under one path. Default: "
+            "vllm_adapters in --output_dir."
         },
+    )
+    vllm_gpu_memory: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory for --generator vllm_colocated, in (0, 1)."}
     )
     num_generations: int = field(
         default=2, metadata={"help": "Completions that are sampled for each prompt, at least 2."}
@@ -188,11 +192,17 @@ class OnlineDPOConfig(DPOConfig):
             value = getattr(self, name)
             if type(value) is not int or value < bound:
                 raise ValueError(f"--{name} must be an integer of at least {bound}, got {value!r}.")
-        for name in ("vllm_server_url", "vllm_adapter_dir"):
-            if getattr(self, name) is not None and self.generator != "vllm_server":
-                raise ValueError(
-                    f"--{name} without --generator vllm_server would do nothing: add that, or leave it out."
-                )
+        users = {
+            "vllm_server_url": ("vllm_server",),
+            "vllm_adapter_dir": ("vllm_server", "vllm_colocated"),
+            "vllm_gpu_memory": ("vllm_colocated",),
+        }
+        for name, kinds in users.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and self.generator not in kinds:
+                wanted = " or ".join(f"--generator {kind}" for kind in kinds)
+                raise ValueError(f"--{name} without {wanted} would do nothing: add that, or leave it out.")
+        if not (_is_number(self.vllm_gpu_memory) and 0 < self.vllm_gpu_memory < 1):
+            raise ValueError(f"--vllm_gpu_memory must be in (0, 1), got {self.vllm_gpu_memory!r}.")
         if self.generator == "vllm_server" and self.vllm_server_url is None:
             raise ValueError("--generator vllm_server needs --vllm_server_url, such as http://localhost:8000/v1.")
         if self.generation_batch_size < self.num_generations:

@@ -92,9 +92,9 @@ class OnlineDPOTrainer(DPOTrainer):
                 "Sampling by transformers needs the whole model on every process, and FSDP and ZeRO-3 cut it: use DDP or ZeRO-1/2 "
                 "(accelerate_configs/), or a generator of your own."
             )
-        if args.generator == "vllm_server" and ref_model is not None:
+        if args.generator.startswith("vllm") and ref_model is not None:
             raise ValueError(
-                "--generator vllm_server knows the policy's base model and its adapter, and no ref_model (--ref_model_name_or_path): "
+                f"--generator {args.generator} knows the policy's base model and its adapter, and no ref_model (--ref_model_name_or_path): "
                 "leave that out, or sample by transformers."
             )
         self.feedback: Feedback = choose_feedback(

@@ -37,13 +37,13 @@ def check_policy(policy: nn.Module) -> None:
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         got = type(model).__name__ if config is None else f"an adapter of the kind {config.peft_type.value}"
         raise ValueError(
-            f"--generator vllm_server sends the server a LoRA adapter, and this model has none ({got}): train one (--use_peft "
+            f"--generator vllm_... hands vLLM a LoRA adapter, and this model has none ({got}): train one (--use_peft "
             f"true) without a reference model of another kind, {OTHERWISE} Full fine-tuning would need vLLM's transfer of weights "
             "over NCCL, which is not here."
         )
     if len(model.active_adapters) != 1:
         raise ValueError(
-            f"--generator vllm_server sends one adapter, and {model.active_adapters} are active: name one with "
+            f"--generator vllm_... hands vLLM one adapter, and {model.active_adapters} are active: name one with "
             f"--model_adapter_name, {OTHERWISE}"
         )
     unfit = {name: getattr(config, name, None) for name in NOT_IN_VLLM if getattr(config, name, None)}
@@ -53,10 +53,10 @@ def check_policy(policy: nn.Module) -> None:
         unfit["init_lora_weights"] = config.init_lora_weights
     if unfit:
         name, value = next(iter(unfit.items()))
-        raise ValueError(f"--generator vllm_server: vLLM has no LoRA with {name} {value!r}. Leave it out, {OTHERWISE}")
+        raise ValueError(f"--generator vllm_...: vLLM has no LoRA with {name} {value!r}. Leave it out, {OTHERWISE}")
     if beside := weights_beside_adapter(model):
         raise ValueError(
-            f"--generator vllm_server sends the adapter alone, and {next(iter(beside))} is trained besides: freeze it, {OTHERWISE}"
+            f"--generator vllm_... hands vLLM the adapter alone, and {next(iter(beside))} is trained besides: freeze it, {OTHERWISE}"
         )
 
 

@@ -10,7 +10,6 @@ P prompts   K completions of each
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -28,6 +27,7 @@ from .generation import Decoding
 from .samples import Completion
 from .vllm_adapter import adapter_weights, check_policy, fingerprint, write_adapter
 from .vllm_client import Reply, VLLMClient
+from .vllm_sampling import asked_for, completion_of, sampling_options, seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,31 +102,15 @@ class VLLMServerGenerator:
         self, model: nn.Module, prompts: Sequence[list[int]], count: int, *, decoding: Decoding, seed: int
     ) -> list[list[Completion]]:
         name = self._name_at_server(extract_model_from_parallel(model))
-        greedy = decoding.temperature == 0
-        asked = 1 if greedy else count  # vLLM refuses n > 1 where all would be the same
-        options = {
-            "model": name,
-            "n": asked,
-            "max_tokens": decoding.max_new_tokens,
-            "temperature": decoding.temperature,
-            # All of them: what is not given, the server may take from the model's own generation config.
-            "top_p": decoding.top_p,
-            "top_k": decoding.top_k,
-            "min_p": decoding.min_p or 0.0,
-            "repetition_penalty": decoding.repetition_penalty,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop_token_ids": self.end_ids,
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-        }
-        bodies = [options | {"prompt": list(ids), "seed": _seed(seed, place)} for place, ids in enumerate(prompts)]
+        asked = asked_for(decoding, count)
+        options = sampling_options(decoding, self.end_ids) | {"model": name, "n": asked, "return_token_ids": True}
+        bodies = [options | {"prompt": list(ids), "seed": seed_of(seed, place)} for place, ids in enumerate(prompts)]
         replies = self.server.complete(bodies)
         for place, reply in replies.items():
             if not reply.ok:
                 raise self._no_completion(reply, len(prompts[place]), name, decoding)
         sampled = [self._completions(replies[place], asked) for place in range(len(prompts))]
-        return [answers * count for answers in sampled] if greedy else sampled
+        return [answers * (count // asked) for answers in sampled]
 
     # --- replies ---
 
@@ -149,11 +133,7 @@ class VLLMServerGenerator:
             raise FeedbackUnavailable(
                 f"{self.server.name} broke off a completion ({finish}). Start it again, and resume."
             )
-        finished = finish == "stop"
-        # vLLM has the end among the ids; so it is also where something between us leaves it out.
-        if finished and ids[-1:] not in [[end] for end in self.end_ids]:
-            ids = [*ids, stop if stop in self.end_ids else self.end_ids[0]]
-        return Completion(ids=ids, text=self.tokenizer.decode(ids, skip_special_tokens=True), finished=finished)
+        return completion_of(ids, finish, stop, self.end_ids, self.tokenizer)
 
     def _no_completion(self, reply: Reply, length: int, name: str, decoding: Decoding) -> Exception:
         new, longest = decoding.max_new_tokens, self.server.max_model_len
@@ -220,8 +200,3 @@ class VLLMServerGenerator:
                 "%s serves %s, and the policy's base is %s: if these are two models, the samples are not the policy's.",
                 *(self.server.name, " from ".join(sorted(served - {""})), own),
             )
-
-
-def _seed(seed: int, place: int) -> int:
-    """56 bits, as good as unrelated: vLLM counts on from it for the n completions of a prompt."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {place}".encode(), digest_size=7).digest(), "little")

@@ -608,7 +608,7 @@ def test_models_without_an_adapter_and_weights_besides(tmp_path, policy):
     with VLLMStandIn(tiny.llama()) as server:
         ask = generator(server, tmp_path)
         for model in (policy, tiny.llama()):
-            with pytest.raises(ValueError, match="--generator vllm_server sends"):
+            with pytest.raises(ValueError, match=r"--generator vllm_\.\.\. hands vLLM"):
                 ask(model, PROMPTS, 1, decoding=GREEDY, seed=0)
     assert server.bodies("/v1/completions") == []
 
