@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_trainer.cli import make_peft_config, merged_init_kwargs, parse_args
 from dpo_trainer.cli.data import load_data
+from dpo_trainer.config import DPOConfig
 from dpo_trainer.loading.mixture import parse_mixture
+from dpo_trainer.online.config import OnlineDPOConfig
 
 ROOT = Path(__file__).parents[1]
 CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]
@@ -225,11 +227,12 @@ def test_help_shows_every_option_by_section(capsys):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "scripts" / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_examples_parse(file):
-    _, model, config, given = parse(str(file), "--optim", "adamw_torch")
+    script, kind = ("dpo_online", OnlineDPOConfig) if file.stem == "online" else ("dpo", DPOConfig)
+    _, model, config, given = parse_args([str(file), "--optim", "adamw_torch", *CPU], kind)
     assert given >= set(yaml.safe_load(file.read_text()))
     assert model.use_peft == (file.stem != "full")
     assert model.load_in_4bit == (file.stem == "qlora")
-    assert f"scripts/dpo.py scripts/configs/{file.name}" in file.read_text(), "the file begins with its command"
+    assert f"scripts/{script}.py scripts/configs/{file.name}" in file.read_text(), "the file begins with its command"
     assert config.learning_rate >= 1e-6
 
 

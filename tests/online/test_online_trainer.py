@@ -229,7 +229,7 @@ def test_a_step_without_a_pair_passes_and_changes_nothing(score, rate, optim, tm
     assert not any("loss" in line for line in lines(online))
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].builtin])  # other tests register theirs
 def test_any_loss_bears_a_step_without_a_pair(name, tmp_path):
     needs: dict[str, Any] = {"exo_pair": {"label_smoothing": 1e-3}}.get(name, {})
     more: dict[str, Any] = {"rpo_normalization": "token"} if name == "sft" else {}
