@@ -35,8 +35,8 @@ from dpo_trainer.loading import load_model, load_tokenizer
 from dpo_trainer.loading.columns import parse_columns
 from dpo_trainer.loading.datasets import eval_rows
 from dpo_trainer.online import judges  # noqa: F401  # registers those that come with the package
-from dpo_trainer.online.feedback import FeedbackUnavailable, make_judge
-from dpo_trainer.online.generation import Decoding, TransformersGenerator, end_tokens
+from dpo_trainer.online.feedback import FeedbackUnavailable, make_judge, parse_options
+from dpo_trainer.online.generation import Decoding, TransformersGenerator, end_tokens, window_of
 from dpo_trainer.online.prompts import read_prompt
 from dpo_trainer.online.reward_model import RewardModel
 from dpo_trainer.online.rewards import Rewards
@@ -151,13 +151,7 @@ def make_feedback(args: Arguments) -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return Rewards([RewardModel(args.reward_model_path, device=device)], None)
     assert args.judge is not None
-    try:
-        options = json.loads(args.judge_kwargs or "{}")
-    except ValueError as error:
-        raise ValueError(f"--judge_kwargs {args.judge_kwargs!r} is not valid JSON: {error}.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--judge_kwargs must be a JSON object, got {args.judge_kwargs!r}.")
-    return make_judge(args.judge, options)
+    return make_judge(args.judge, parse_options(args.judge_kwargs or "{}"))
 
 
 # --- the answers ---
@@ -256,7 +250,7 @@ def sample(args: Arguments, prompts: Sequence[Text], where: Sequence[str]) -> tu
 
 def check_window(model: Any, ids: Sequence[list[int]], new: int, where: Sequence[str]) -> None:
     """Refuse what the model was not made for, rather than judge what comes out of it."""
-    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = window_of(model)
     for row, at in zip(ids, where, strict=True):
         if window is not None and len(row) + new > window:
             raise ValueError(

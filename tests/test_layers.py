@@ -13,10 +13,11 @@ PACKAGE = ROOT / "dpo_trainer"
 
 # Left to right; what shares a place does not import from each other.
 ORDER: list[set[str]] = [
-    {"registry", "batch", "sharding", "engines"},
+    {"registry", "user_module", "batch", "sharding", "engines", "cache_folders"},
     {"data"},
     {"attention", "head"},
     {"logprobs"},
+    {"vision"},
     {"layout"},
     {"reference"},
     {"losses"},

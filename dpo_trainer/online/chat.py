@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
 import json
 import logging
-import math
 import os
-import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+from .endpoint import REPEATED, api_key, checked_number, checked_url, client_of, no_connection, run_now
 from .feedback import FeedbackUnavailable
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 OPENAI_URL = "https://api.openai.com/v1"
-LEAST = {"max_tokens": 2, "timeout": 0.001, "concurrency": 1}  # 2: a word, and its end. All other numbers: 0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
 LONGEST_RETRY_AFTER = 120.0  # seconds; the client waits no longer between two tries, whatever a server asks for
-REPEATED = {408, 409, 429}  # statuses that the client has asked again for, as for 5xx
 
 Turns = list[dict[str, str]]
 
@@ -159,8 +152,7 @@ class Chat:
         except asyncio.TimeoutError:
             reply = Reply(problem=f"no whole answer in {longest:.3g} s", silent=True)
         except openai.APIConnectionError as error:
-            cause = f" ({type(error.__cause__).__name__})" if error.__cause__ else ""
-            reply = Reply(problem=f"{error.message.rstrip('.')}{cause}", silent=True)
+            reply = Reply(problem=no_connection(error), silent=True)
         except openai.APIStatusError as error:
             reply = self._refusal(error.status_code, error.message)
         key = client.api_key
@@ -179,34 +171,10 @@ class Chat:
         return Reply(problem=message, silent=status in REPEATED or status >= 500)
 
     def _client(self) -> AsyncOpenAI:
-        import openai
-
-        # A proxy from the environment would look for this machine's server on its own.
-        http_client = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.base_url))
-        return openai.AsyncOpenAI(
-            api_key=self._api_key(),
-            base_url=self.base_url,
-            timeout=self.timeout,
-            max_retries=self.max_retries,
-            http_client=http_client,
-        )
+        return client_of(self.base_url, self._api_key(), timeout=self.timeout, max_retries=self.max_retries)
 
     def _api_key(self) -> str:
-        """From the environment each time: no attribute holds it. A server on this machine gets a filler where there is none."""
-        name = self.api_key_env
-        if not isinstance(name, str) or not re.fullmatch("[A-Z][A-Z0-9_]*", name):
-            # Not shown: it may be the key itself.
-            raise ValueError("api_key_env is no name of a variable (A-Z, 0-9, _): give the name, never the key.")
-        key = os.environ.get(name, "")
-        if not key and is_loopback(self.base_url):
-            return "none-needed"
-        if not key:
-            raise ValueError(
-                f"api_key_env: ${name} is not set, and {self.base_url} is not on this machine: put the key there."
-            )
-        if not re.fullmatch(r"[!#-&(-\[\]-~]+", key):  # the HTTP library would show it in an error
-            raise ValueError(f"api_key_env: ${name} has white space, quotes, or characters beyond ASCII: set it anew.")
-        return key
+        return api_key(self.api_key_env, self.base_url, needed=True)
 
     def _deadline(self) -> float:
         return time.monotonic() + 60 * self.wait_minutes
@@ -226,46 +194,6 @@ def _read(body: bytes) -> Reply:
     counts = [usage.get(f"{side}_tokens") if isinstance(usage, dict) else 0 for side in ("prompt", "completion")]
     tokens_in, tokens_out = (n if type(n) is int and 0 <= n < 1e9 else 0 for n in counts)
     return Reply(text=content or "", cut=finish == "length", tokens=(tokens_in, tokens_out))
-
-
-def run_now(work: Coroutine[Any, Any, T]) -> T:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        run_here = True
-    else:
-        run_here = False  # a notebook has a loop that runs, and a thread has but one
-    if run_here:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
-
-
-def is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def checked_url(given: Any) -> str:
-    if not isinstance(given, str) or "@" in given or "?" in given:  # not shown: a password may be in it
-        raise ValueError(
-            "base_url must be a text without user, password or query: the key goes where api_key_env says."
-        )
-    with contextlib.suppress(ValueError):  # of an address or a port that is none
-        parts = urlsplit(given)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return given.rstrip("/")
-    raise ValueError(f"base_url {given!r} is no address: give one such as http://localhost:8000/v1.")
-
-
-def checked_number(name: str, value: Any, *, whole: bool = False) -> float:
-    kind, least = int if whole else int | float, LEAST.get(name, 0)
-    if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{name} is {value!r}: give a {'whole ' if whole else ''}number of at least {least}.")
-    return float(value)
 
 
 def sendable(text: str) -> str:

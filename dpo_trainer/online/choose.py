@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..engines import cuts_weights
 from ..logprobs import base_model
 from . import judges  # noqa: F401  # registers those that come with the package
 from .config import OnlineDPOConfig
@@ -15,12 +16,43 @@ from .feedback import Feedback, make_judge
 from .generation import ContinuousGenerator, Generator, TransformersGenerator, end_tokens
 from .reward_model import RewardModel
 from .rewards import Rewards, load_reward_module
+from .vllm_adapter import check_policy
+from .vllm_colocated import VLLMColocatedGenerator
+from .vllm_server import VLLMServerGenerator
+
+
+def check_sampler(args: OnlineDPOConfig, ref_model: Any, generator: Any) -> None:
+    """Known before a model is loaded.
+
+    Raises:
+        ValueError: where what samples would not have the whole policy, or not the reference.
+    """
+    if cuts_weights(args) and generator is None:
+        raise ValueError(
+            "Sampling by transformers needs the whole model on every process, and FSDP and ZeRO-3 cut it: use DDP or ZeRO-1/2 "
+            "(accelerate_configs/), or a generator of your own."
+        )
+    if args.generator.startswith("vllm") and ref_model is not None:
+        raise ValueError(
+            f"--generator {args.generator} knows the policy's base model and its adapter, and no ref_model (--ref_model_name_or_path): "
+            "leave that out, or sample by transformers."
+        )
 
 
 def choose_generator(
-    args: OnlineDPOConfig, tokenizer: Any, policy: Any, pad_token_id: int, wait: Callable[[], Any]
+    args: OnlineDPOConfig,
+    tokenizer: Any,
+    policy: Any,
+    *,
+    pad_token_id: int,
+    window: int | None,
+    wait: Callable[[], Any],
 ) -> Generator:
-    """As `--generator` says. `wait` returns when all processes have called it.
+    """As `--generator` says.
+
+    Args:
+        window: most tokens of prompt + completion; None: no limit.
+        wait: returns when all processes have called it.
 
     Raises:
         ValueError: for a stop token that is none, and a policy or a server that do not fit.
@@ -28,8 +60,6 @@ def choose_generator(
     ends = end_tokens(tokenizer, base_model(policy), args.stop_tokens)
     adapters = args.vllm_adapter_dir or Path(args.output_dir, "vllm_adapters")
     if args.generator == "vllm_server":
-        from .vllm_server import VLLMServerGenerator, check_policy  # needs a library that others do without
-
         check_policy(policy)
         assert args.vllm_server_url is not None  # OnlineDPOConfig refuses
         return VLLMServerGenerator(
@@ -41,8 +71,6 @@ def choose_generator(
             wait=wait,
         )
     if args.generator == "vllm_colocated":
-        from .vllm_colocated import VLLMColocatedGenerator
-
         if args.world_size > 1:
             raise ValueError(
                 "--generator vllm_colocated is for one process: start a server, and use --generator vllm_server."
@@ -53,7 +81,7 @@ def choose_generator(
             adapter_dir=adapters,
             end_ids=ends,
             gpu_memory=args.vllm_gpu_memory,
-            max_model_len=args.max_length,
+            max_model_len=window,
         )
     kind = ContinuousGenerator if args.generator == "continuous" else TransformersGenerator
     return kind(tokenizer, pad_token_id=pad_token_id, end_ids=ends, batch_size=args.generation_batch_size)

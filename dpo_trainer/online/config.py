@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import DPOConfig, choices
+from ..losses.check import is_number
+from .feedback import parse_options
 from .generation import Decoding
 
 OFFLINE_ONLY = {
@@ -137,8 +137,9 @@ class OnlineDPOConfig(DPOConfig):
     def __post_init__(self):
         self._read_beta()
         if isinstance(self.judge_kwargs, str):
-            self.judge_kwargs = _json_object(self.judge_kwargs)
+            self.judge_kwargs = parse_options(self.judge_kwargs)
         self._check_sampling()
+        self._check_vllm()
         self._check_feedback()
         super().__post_init__()
         for option in fields(DPOConfig):
@@ -173,7 +174,7 @@ class OnlineDPOConfig(DPOConfig):
     def _read_beta(self) -> None:
         """`beta` is that of the epoch at hand from here on, a number as everywhere; `betas` are all."""
         given = self.beta if isinstance(self.beta, list | tuple) else [self.beta]
-        if not given or not all(_is_number(b) and 0 < b < math.inf for b in given):
+        if not given or not all(is_number(b) and b > 0 for b in given):
             raise ValueError(
                 f"--beta must be a number above 0, or a list of them, one for each epoch; got {self.beta!r}."
             )
@@ -192,6 +193,21 @@ class OnlineDPOConfig(DPOConfig):
             value = getattr(self, name)
             if type(value) is not int or value < bound:
                 raise ValueError(f"--{name} must be an integer of at least {bound}, got {value!r}.")
+        if self.generation_batch_size < self.num_generations:
+            raise ValueError(
+                f"--generation_batch_size {self.generation_batch_size} is less than --num_generations {self.num_generations}: the "
+                "completions of a prompt are sampled together. Raise the one or lower the other."
+            )
+        for name in ("temperature", "repetition_penalty", "reward_scale"):
+            value = getattr(self, name)
+            if not (is_number(value) and value > 0):
+                raise ValueError(f"--{name} must be a number above 0, got {value!r}.")
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"--top_p must be in (0, 1], got {self.top_p!r}.")
+        if self.min_p is not None and not (is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ValueError(f"--min_p must be in [0, 1], got {self.min_p!r}.")
+
+    def _check_vllm(self) -> None:
         users = {
             "vllm_server_url": ("vllm_server",),
             "vllm_adapter_dir": ("vllm_server", "vllm_colocated"),
@@ -201,24 +217,10 @@ class OnlineDPOConfig(DPOConfig):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default and self.generator not in kinds:
                 wanted = " or ".join(f"--generator {kind}" for kind in kinds)
                 raise ValueError(f"--{name} without {wanted} would do nothing: add that, or leave it out.")
-        if not (_is_number(self.vllm_gpu_memory) and 0 < self.vllm_gpu_memory < 1):
+        if not (is_number(self.vllm_gpu_memory) and 0 < self.vllm_gpu_memory < 1):
             raise ValueError(f"--vllm_gpu_memory must be in (0, 1), got {self.vllm_gpu_memory!r}.")
         if self.generator == "vllm_server" and self.vllm_server_url is None:
             raise ValueError("--generator vllm_server needs --vllm_server_url, such as http://localhost:8000/v1.")
-        if self.generation_batch_size < self.num_generations:
-            raise ValueError(
-                f"--generation_batch_size {self.generation_batch_size} is less than --num_generations {self.num_generations}: the "
-                "completions of a prompt are sampled together. Raise the one or lower the other."
-            )
-        bounds = {"temperature": (0, math.inf), "repetition_penalty": (0, math.inf), "reward_scale": (0, math.inf)}
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not (_is_number(value) and low < value < high):
-                raise ValueError(f"--{name} must be a number above {low}, got {value!r}.")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"--top_p must be in (0, 1], got {self.top_p!r}.")
-        if self.min_p is not None and not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
-            raise ValueError(f"--min_p must be in [0, 1], got {self.min_p!r}.")
 
     def _check_feedback(self) -> None:
         if self.judge_kwargs is not None and self.judge is None:
@@ -229,19 +231,5 @@ class OnlineDPOConfig(DPOConfig):
                 f"--judge {self.judge} and --{rewards[0]} both say which completion is better: choose one."
             )
         penalty = self.missing_eos_penalty
-        if penalty is not None and not (_is_number(penalty) and 0 <= penalty < math.inf):
+        if penalty is not None and not (is_number(penalty) and penalty >= 0):
             raise ValueError(f"--missing_eos_penalty must be a number of at least 0, got {penalty!r}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--judge_kwargs {text!r} is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"--judge_kwargs must be a JSON object, got {text!r}.")
-    return value

@@ -13,13 +13,14 @@ P prompts   K completions of each
 from __future__ import annotations
 
 import inspect
-import math
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Protocol
 
+from ..losses.check import is_number
 from ..registry import Registry
 from .samples import Sampled
 
@@ -90,7 +91,7 @@ class PairwiseJudge(Judge):
         for comparison, verdict in zip(comparisons, verdicts, strict=True):
             if verdict is None:
                 continue
-            if not _is_number(verdict) or not 0 <= verdict <= 1:
+            if not is_number(verdict) or not 0 <= verdict <= 1:
                 raise ValueError(
                     f"Judge {self.name!r} returned {verdict!r} for a comparison: return the probability in [0, 1] that the first "
                     "answer is better, or None."
@@ -117,6 +118,21 @@ def register_judge(name: str) -> Callable[[type[Judge]], type[Judge]]:
         return kind
 
     return add
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """The options of a judge from a command line.
+
+    Raises:
+        ValueError: for anything but a JSON object.
+    """
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--judge_kwargs {text!r} is not valid JSON: {error}.") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"--judge_kwargs must be a JSON object, got {text!r}.")
+    return options
 
 
 def make_judge(name: str, options: dict[str, Any] | None) -> Judge:
@@ -150,16 +166,12 @@ def checked(scores: Any, samples: Sequence[Sampled], who: str) -> Scores:
         raise ValueError(f"{who} returned numbers of shape {got} for {shape} completions: return one for each.")
     for sampled, row in zip(samples, scores, strict=True):
         for score in row:
-            if score is not None and not (_is_number(score) and math.isfinite(score)):
+            if score is not None and not is_number(score):
                 raise ValueError(
                     f"{who} returned {score!r} for the prompt with example_id {sampled.example_id}: return a finite number, or "
                     "None where it cannot tell."
                 )
     return [[None if score is None else float(score) for score in row] for row in scores]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _mean(values: list[float] | None) -> float | None:

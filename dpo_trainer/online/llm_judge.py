@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from .chat import Chat, Reply, checked_number, sendable
+from .chat import Chat, Reply, sendable
+from .endpoint import checked_number
 from .feedback import Comparison, PairwiseJudge, register_judge
 from .verdict_cache import VerdictCache, verdict_folder, verdict_key
 

@@ -15,18 +15,14 @@ P prompts   K completions of each
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import math
-import os
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from ..data.errors import clean
-from ..losses.user import NoSuchFile, load_file
+from ..losses.check import is_number
 from ..registry import did_you_mean
+from ..user_module import import_user_module
 from .feedback import FeedbackUnavailable, Scores, checked
 from .samples import Sampled
 
@@ -72,7 +68,7 @@ class Rewards:
                 "__name__, an object by its attribute `name`)."
             )
         self.weights = _checked_weights(weights, names)
-        if not _is_finite(scale) or scale <= 0:
+        if not is_number(scale) or scale <= 0:
             raise ValueError(f"The scale of the rewards must be a number above 0, got {scale!r}.")
         self.scale = float(scale)
         self.counts: dict[str, float] = {f"failed/{name}": 0.0 for name in names}
@@ -169,7 +165,7 @@ def load_reward_module(path_or_module: str, names: Sequence[str] | None = None) 
     Raises:
         ValueError: for a file that is not there, fails, has no such name, or lists nothing.
     """
-    module = _imported(path_or_module)
+    module = import_user_module(path_or_module, "--reward_module")
     if names:
         if unknown := [name for name in names if not hasattr(module, name)]:
             hint = did_you_mean(unknown[0], [name for name in vars(module) if not name.startswith("_")])
@@ -182,22 +178,6 @@ def load_reward_module(path_or_module: str, names: Sequence[str] | None = None) 
             "REWARDS = [first, second]."
         )
     return list(listed)
-
-
-def _imported(path_or_module: str) -> Any:
-    is_file = path_or_module.endswith(".py") or os.sep in path_or_module or Path(path_or_module).is_file()
-    try:
-        return sys.modules[load_file(Path(path_or_module))] if is_file else importlib.import_module(path_or_module)
-    except NoSuchFile as error:
-        raise ValueError(
-            f"--reward_module {path_or_module}: there is no such file in {Path.cwd()}. Give the path of a Python file, or "
-            "the dotted name of an importable module."
-        ) from error
-    except Exception as error:
-        hint = "" if is_file else " For a file that is not on the import path, give its path, with .py."
-        raise ValueError(
-            f"--reward_module {path_or_module} could not be imported: {type(error).__name__}: {error}.{hint}"
-        ) from error
 
 
 def _as_reward(given: Any) -> Reward:
@@ -237,13 +217,9 @@ def _by_position(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]
 def _checked_weights(weights: Sequence[float] | None, names: list[str]) -> list[float]:
     if weights is None:
         return [1.0] * len(names)
-    if len(weights) != len(names) or not all(map(_is_finite, weights)) or not any(weights):
+    if len(weights) != len(names) or not all(map(is_number, weights)) or not any(weights):
         raise ValueError(
             f"The weights {list(weights)} do not fit the rewards {', '.join(names)}: give one finite number for each, not all "
             "of them 0."
         )
     return [float(weight) for weight in weights]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

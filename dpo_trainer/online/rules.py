@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from .samples import Completion, Sampled
 class _Rule(Judge):
     """A judge that looks at one completion at a time."""
 
-    def score(self, sampled: Sampled, completion: Completion) -> float | None:
-        raise NotImplementedError
+    @abstractmethod
+    def score(self, sampled: Sampled, completion: Completion) -> float | None: ...
 
     def scores(self, samples: Sequence[Sampled]) -> Scores:
         return [[self.score(sampled, completion) for completion in sampled.completions] for sampled in samples]

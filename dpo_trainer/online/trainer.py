@@ -21,15 +21,14 @@ from transformers.utils import logging
 from ..batch import Text, micro_batches
 from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
-from ..engines import cuts_weights
 from ..fillers import unweigh_fillers
 from ..logprobs import base_model
 from ..run_data import Rows
 from ..trainer import DPOTrainer
-from .choose import choose_feedback, choose_generator
+from .choose import check_sampler, choose_feedback, choose_generator
 from .config import OnlineDPOConfig
 from .feedback import Feedback, FeedbackUnavailable
-from .generation import Generator
+from .generation import Generator, window_of
 from .metrics import ONLINE_METRICS, objective_means
 from .prompts import PromptData, collate_prompts
 from .rollout import Rollout
@@ -87,16 +86,7 @@ class OnlineDPOTrainer(DPOTrainer):
         generator: Generator | None = None,
     ):
         args = OnlineDPOConfig() if args is None else args
-        if cuts_weights(args) and generator is None:
-            raise ValueError(
-                "Sampling by transformers needs the whole model on every process, and FSDP and ZeRO-3 cut it: use DDP or ZeRO-1/2 "
-                "(accelerate_configs/), or a generator of your own."
-            )
-        if args.generator.startswith("vllm") and ref_model is not None:
-            raise ValueError(
-                f"--generator {args.generator} knows the policy's base model and its adapter, and no ref_model (--ref_model_name_or_path): "
-                "leave that out, or sample by transformers."
-            )
+        check_sampler(args, ref_model, generator)
         self.feedback: Feedback = choose_feedback(
             args,
             judge=judge,
@@ -134,11 +124,15 @@ class OnlineDPOTrainer(DPOTrainer):
     # --- the parts, built once ---
 
     def _make_data(self, model: nn.Module) -> PromptData:
-        inner = base_model(model)
-        longest = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        window = min((n for n in (longest, self.args.max_length) if n is not None), default=None)
+        longest = (window_of(base_model(model)), self.args.max_length)
+        window = min((tokens for tokens in longest if tokens is not None), default=None)
         self.generator: Generator = self.given_generator or choose_generator(
-            self.args, self.processing_class, model, self.pad_token_id, lambda: self.accelerator.wait_for_everyone()
+            self.args,
+            self.processing_class,
+            model,
+            pad_token_id=self.pad_token_id,
+            window=window,
+            wait=lambda: self.accelerator.wait_for_everyone(),
         )
         return PromptData(self.args, self.processing_class, window, vocabulary_size=self._needs(model).vocabulary_size)
 
@@ -161,7 +155,6 @@ class OnlineDPOTrainer(DPOTrainer):
     def _start_counting(self) -> None:
         super()._start_counting()
         self.rollout = Rollout(self.args, self.feedback, self.sum_over_ranks)
-        self.tally = self.rollout.tally
         self.rounds = Rounds(self.args.generate_every)
         self.last_samples: list[tuple[Sampled, list[float | None]]] = []
         self._answers: dict[tuple[int, ...], Completion] = {}  # of a reference that stays, by prompt
@@ -186,7 +179,7 @@ class OnlineDPOTrainer(DPOTrainer):
             self.state.global_step,
         )
         if rows:
-            self.tally["train"].add("staleness", [self.state.global_step - self.rounds.sampled_at])
+            self.rollout.tally["train"].add("staleness", [self.state.global_step - self.rounds.sampled_at])
         batches = [self._prepare_inputs(self.pair_collator(batch)) for batch in rows]
         return batches, self._get_num_items_in_batch(batches, device)
 
@@ -288,7 +281,7 @@ class OnlineDPOTrainer(DPOTrainer):
     # --- numbers ---
 
     def evaluation_loop(self, *args, **kwargs):
-        self.tally["eval"].clear()
+        self.rollout.tally["eval"].clear()
         return super().evaluation_loop(*args, **kwargs)
 
     def _with_more(self, of_pairs: dict[str, float], split: str) -> dict[str, float]:
@@ -312,7 +305,7 @@ class OnlineDPOTrainer(DPOTrainer):
     def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super().run_state()
         rounds = gather_object([self.rounds.state()]) if self.args.world_size > 1 else [self.rounds.state()]
-        tally = self.tally["train"].table(self.sum_over_ranks, self.args.device)
+        tally = self.rollout.tally["train"].table(self.sum_over_ranks, self.args.device)
         return {**state, "rounds": rounds, "tally": tally}, tensors
 
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -322,7 +315,7 @@ class OnlineDPOTrainer(DPOTrainer):
         elif any(of_rank["waiting"] for of_rank in state["rounds"]):
             logger.warning("Another number of processes: what waited to be trained on is sampled anew.")
         if self.is_world_process_zero():
-            self.tally["train"].load(state["tally"])
+            self.rollout.tally["train"].load(state["tally"])
 
 
 def _one_of(name: str, value: Any, alias: str, other: Any) -> Any:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .chat import REPEATED, checked_number, checked_url, is_loopback, run_now
+from .endpoint import REPEATED, api_key, checked_number, checked_url, client_of, no_connection, run_now
 from .feedback import FeedbackUnavailable
 
 if TYPE_CHECKING:
@@ -192,31 +190,13 @@ class VLLMClient:
                 return Reply(200, await client.get(path, cast_to=str))
             return Reply(200, await client.post(path, cast_to=str, body=body))
         except openai.APIConnectionError as error:
-            cause = f" ({type(error.__cause__).__name__})" if error.__cause__ else ""
-            failed = Reply(0, f"{error.message.rstrip('.')}{cause}")
+            failed = Reply(0, no_connection(error))
         except openai.APIStatusError as error:
             failed = Reply(error.status_code, error.response.text)
         return Reply(failed.status, failed.text.replace(client.api_key, "***"))
 
     def _client(self, max_retries: int) -> AsyncOpenAI:
-        import openai
-
-        return openai.AsyncOpenAI(
-            api_key=self._api_key(),
-            base_url=self.base_url,
-            timeout=self.timeout,
-            max_retries=max_retries,
-            # A proxy from the environment would look for this machine's server on its own.
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.base_url)),
-        )
+        return client_of(self.base_url, self._api_key(), timeout=self.timeout, max_retries=max_retries)
 
     def _api_key(self) -> str:
-        """From the environment each time: no attribute holds it."""
-        name = self.api_key_env
-        if not isinstance(name, str) or not re.fullmatch("[A-Z][A-Z0-9_]*", name):
-            # Not shown: it may be the key itself.
-            raise ValueError("api_key_env is no name of a variable (A-Z, 0-9, _): give the name, never the key.")
-        key = os.environ.get(name, "") or "none-needed"
-        if not re.fullmatch(r"[!#-&(-\[\]-~]+", key):  # the HTTP library would show it in an error
-            raise ValueError(f"api_key_env: ${name} has white space, quotes, or characters beyond ASCII: set it anew.")
-        return key
+        return api_key(self.api_key_env, self.base_url, needed=False)

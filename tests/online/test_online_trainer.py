@@ -451,7 +451,7 @@ def test_rows_that_fill_the_last_batch_are_those_of_the_last_batch(every, tmp_pa
         return step(model, inputs, *rest)
 
     counted_samples = {"train": 0, "eval": 0}
-    for split, tally in online.tally.items():
+    for split, tally in online.rollout.tally.items():
 
         def add(name, values, split=split, inner=tally.add):
             counted_samples[split] += len(values) if name == "completions/length" else 0

@@ -172,6 +172,7 @@ def test_numbers_of_other_libraries(numbers):
         (np.ones((2, 3)), "returned 2 values"),
         ([1.0, 2.0, math.nan], "Reward 'bad' returned nan for the prompt with example_id 8"),
         ([1.0, math.inf, 2.0], "Reward 'bad' returned inf for the prompt with example_id 7"),
+        ([1.0, 10**400, 2.0], "Reward 'bad' returned 10"),  # no float holds it
         (["1", 2.0, 3.0], "Reward 'bad' returned '1' for the prompt with example_id 7"),
         ([True, False, True], "returned True"),
     ],
@@ -296,6 +297,14 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
     load_reward_module(module(tmp_path, MODULE))
     (found,) = load_reward_module(module(tmp_path, MODULE.replace("[long]", "[short]")))
     assert found.__name__ == "short"
+
+
+def test_a_file_that_was_broken_and_mended_is_read_again(tmp_path):
+    load_reward_module(module(tmp_path, MODULE))
+    with pytest.raises(ValueError, match="could not be imported: ZeroDivisionError"):
+        load_reward_module(module(tmp_path, MODULE + "1 / 0"))
+    (found,) = load_reward_module(module(tmp_path, MODULE))
+    assert found.__name__ == "long"
 
 
 def test_rewards_by_name(tmp_path):

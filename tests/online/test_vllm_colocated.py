@@ -160,3 +160,11 @@ def test_a_run_that_samples_from_the_engine(engines, policy, tmp_path):
     trainer = online_tiny.trainer(tmp_path, parts={"model": policy, "args": args})
     trainer.train()
     assert len({request.name for _, request in engines[0].asked}) == 2, "an adapter for each step"
+
+
+@pytest.mark.parametrize(("max_length", "window"), [(1024, 256), (100, 100), (None, 256)])
+def test_the_engine_gets_the_window_that_prompts_are_cut_to(max_length, window, engines, policy, tmp_path):
+    """vLLM refuses a max_model_len beyond what the model was made for: 256 tokens here."""
+    args = online_tiny.config(tmp_path, generator="vllm_colocated", max_length=max_length)
+    trainer = online_tiny.trainer(tmp_path, parts={"model": policy, "args": args})
+    assert engines[0].rest["max_model_len"] == trainer.data.limit + args.max_new_tokens == window
