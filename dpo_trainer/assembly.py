@@ -11,7 +11,11 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers.utils import logging
 
+from .cache_folders import cache_folder
 from .config import DPOConfig
+from .data.image_inputs import ImageInputs
+from .data.image_source import ImageAccess
+from .data.image_text import ImageText, is_processor
 from .engines import cuts_weights
 from .layout import Layout
 from .loading import (
@@ -26,6 +30,7 @@ from .loading import (
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
 from .reference import DisabledAdapter, FrozenModel, NamedAdapter, OnCopy, Reference, cached, choose_reference
+from .vision import on_language_alone, settle_vision_tower, sight_of, trains_vision, vision_tower
 
 logger = logging.get_logger(__name__)
 
@@ -88,15 +93,20 @@ class Assembly:
     scorer: Scorer
     reference: Reference
     layout: Layout
+    images: ImageInputs | None
 
 
-def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id: int) -> Assembly:
+def assemble(
+    model: nn.Module, given: Given, objective: Objective, pad_token_id: int, processing_class: Any = None
+) -> Assembly:
     """Make `model` the policy. The reference is what the model is *now*, so nothing may train before this.
 
     Sets `objective.router_weight`, which only the model can tell.
     """
     args, ref_model = given.args, given.reference()
     model, fresh_adapter = _with_adapter(model, given)
+    settle_vision_tower(model, freeze=args.freeze_vision_tower)
+    images = _images(model, args, processing_class)
     if args.disable_dropout:
         disable_dropout(model, lora=args.disable_lora_dropout)
         if ref_model is not None:
@@ -124,8 +134,24 @@ def assemble(model: nn.Module, given: Given, objective: Objective, pad_token_id:
         if args.neftune_noise_alpha
         else None,
         counted=None if args.max_tokens_per_micro_batch is None else "--max_tokens_per_micro_batch",
+        images=images,
     )
-    return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
+    return Assembly(model=model, scorer=scorer, reference=reference, layout=layout, images=images)
+
+
+def _images(model: nn.Module, args: DPOConfig, processing_class: Any) -> ImageInputs | None:
+    """What makes the inputs of images, where the model sees and has its processor."""
+    if not is_processor(processing_class):
+        return None
+    if vision_tower(model) is None:
+        raise ValueError(
+            f"processing_class is a {type(processing_class).__name__}, which makes inputs of images, and "
+            f"{type(base_model(model)).__name__} reads text alone: pass the tokenizer (processor.tokenizer)."
+        )
+    text = ImageText(processing_class, ImageAccess(root=args.image_root, allow_urls=args.allow_image_urls))
+    cache = str(cache_folder(None, "images")) if args.cache_processed_images else None
+    several = args.world_size > 1 and (trains_vision(model) or cuts_weights(args))
+    return ImageInputs(text, sight_of(model), cache=cache, always=several)
 
 
 def _reference(
@@ -182,7 +208,7 @@ def _with_adapter(model: nn.Module, given: Given) -> tuple[nn.Module, bool]:
     if fresh_adapter:
         model = apply_peft(
             model,
-            given.peft_config,
+            given.peft_config if args.freeze_vision_tower is False else on_language_alone(given.peft_config, model),
             quantized=bool(getattr(model, "is_quantized", False)),
             gradient_checkpointing=bool(args.gradient_checkpointing),
         )

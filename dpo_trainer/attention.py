@@ -8,9 +8,10 @@ Registered once with transformers under `NAME`; a model uses it only inside `Sha
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ except ImportError:  # torch < 2.10
 # transformers reads meaning into names that contain "flash", "sdpa" or "flex_attention". A name without a registered
 # mask function gets no mask: restarted positions would otherwise be taken for packed sequences, in a [T, T] mask.
 NAME = "dpo_shared_prompt"
+
+Mutual: TypeAlias = "tuple[tuple[int, int], ...]"
+"""Stretches (start, end) of a segment whose tokens see each other both ways."""
 
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -57,15 +61,17 @@ def shared_prompt_attention(
     """The attention function that transformers calls; returns [1, T, H, dv]."""
     if segments is None:
         raise SegmentsLost(f"{type(module).__name__} does not pass extra arguments on to its attention.")
-    if position_bias is not None or kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+    both_ways = kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False
+    if position_bias is not None or (both_ways and not segments.mutual):  # a batch that knows of it says where
         raise SegmentsLost(f"{type(module).__name__} is not a plain causal attention.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if _varlen_runs(query, value, dropout, softcap, s_aux):
+    if not segments.mutual and _varlen_runs(query, value, dropout, softcap, s_aux):
         return _varlen(query, key, value, segments, scaling, sliding_window), None
 
     # Split once: backward joins the gradients of pieces in one go, where each slice of a row makes a row of zeros.
     queries, keys, values = (x.split(segments.length, dim=2) for x in (query, key, value))
     starts = {start: s for s, start in enumerate(accumulate(segments.length, initial=0))}
+    mutual = segments.remember("mutual", lambda: _mutual_by_segment(segments))
     outputs = []
     for s, (prefix, n_prefix) in enumerate(zip(segments.prefix_start, segments.prefix_length, strict=True)):
         k, v = keys[s], values[s]
@@ -73,24 +79,46 @@ def shared_prompt_attention(
             first = starts[prefix]
             k = torch.cat([keys[first][:, :, :n_prefix], k], dim=2)
             v = torch.cat([values[first][:, :, :n_prefix], v], dim=2)
+        own = mutual.get(s, ())
         if softcap is None and s_aux is None:
-            outputs.append(_sdpa(queries[s], k, v, segments, scaling, sliding_window, dropout))
+            outputs.append(_sdpa(queries[s], k, v, segments, scaling, sliding_window, dropout, own))
         else:
-            outputs.append(_written_out(queries[s], k, v, scaling, sliding_window, dropout, softcap, s_aux))
+            outputs.append(_written_out(queries[s], k, v, scaling, sliding_window, dropout, softcap, s_aux, own))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _visible(q: int, k: int, window: int | None, device: torch.device) -> Tensor:
-    """[q, k] True where a query sees a key: causal, aligned at the ends, within the sliding window."""
+def _mutual_by_segment(segments: Segments) -> dict[int, Mutual]:
+    """{segment: its stretches, counted from its beginning}."""
+    ends = list(accumulate(segments.length))
+    found: dict[int, Mutual] = {}
+    for start, end in segments.mutual:
+        s = bisect_right(ends, start)
+        begin = ends[s] - segments.length[s]
+        found[s] = (*found.get(s, ()), (start - begin, end - begin))
+    return found
+
+
+def _visible(q: int, k: int, window: int | None, device: torch.device, mutual: Mutual = ()) -> Tensor:
+    """[q, k] True where a query sees a key: causal, aligned at the ends, or both in a stretch of `mutual` (which counts
+    queries); and within the sliding window, which reaches backwards."""
     seen = torch.ones(q, k, dtype=torch.bool, device=device).tril(k - q)
+    for start, end in mutual:
+        seen[start:end, k - q + start : k - q + end] = True
     return seen if window is None else seen.triu(k - q - window + 1)
 
 
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    window: int | None,
+    dropout: float,
+    mutual: Mutual = (),
 ) -> Tensor:
     """torch's kernel. On a CPU by blocks of queries, each with the keys up to its last: the kernel computes what it masks."""
-    if query.is_cpu and query.shape[2] > QUERY_BLOCK:
+    if query.is_cpu and query.shape[2] > QUERY_BLOCK and not mutual:
         before, blocks = key.shape[2] - query.shape[2], []
         for block in query.split(QUERY_BLOCK, dim=2):
             before += block.shape[2]
@@ -100,10 +128,11 @@ def _sdpa(
 
     q, k = query.shape[2], key.shape[2]
     window = None if window is None or window >= k else window
-    plain = q == k and window is None
+    plain = q == k and window is None and not mutual
     mask = None
     if not plain:  # all layers of the batch share it
-        mask = segments.remember((q, k, window, query.device), lambda: _visible(q, k, window, query.device))
+        what = (q, k, window, query.device, mutual)
+        mask = segments.remember(what, lambda: _visible(*what))
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -125,6 +154,7 @@ def _written_out(
     dropout: float,
     softcap: float | None,
     s_aux: Tensor | None,
+    mutual: Mutual = (),
 ) -> Tensor:
     """The formula itself, for what no fused kernel offers: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
     groups = query.shape[1] // key.shape[1]
@@ -132,7 +162,8 @@ def _written_out(
     scores = query @ key.transpose(2, 3) * scaling  # [1, H, q, k]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_visible(query.shape[2], key.shape[2], window, query.device), float("-inf"))
+    seen = _visible(query.shape[2], key.shape[2], window, query.device, mutual)
+    scores = scores.masked_fill(~seen, float("-inf"))
     if s_aux is not None:
         scores = torch.cat([scores, s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Pair:
     pairs: tuple[Preferred, ...] = ONE_PAIR
     tools: list[dict] | None = None
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    images: tuple[Any, ...] = ()  # of the prompt, as the row holds them, in the order of their places in it
 
     @classmethod
     def of(cls, prompt: Text, completions: Sequence[Text], pairs: Sequence[Preferred], **options: Any) -> Pair:
@@ -65,6 +67,14 @@ class Pair:
     def completions(self) -> tuple[Text, ...]:
         """K completions, numbered as `pairs` counts them."""
         return self.chosen, self.rejected, *self.more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTensors:
+    """One image, processed: what the model's forward takes of it, by name, and what tells it from any other."""
+
+    tensors: dict[str, Tensor]
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +93,7 @@ class TokenizedPair:
     pairs: Sequence[Preferred] = ONE_PAIR
     unscored: Sequence[Stretch] = ()
     weight: float = 1.0  # of each of its pairs
+    images: Sequence[Any] = ()  # of the prompt: as the row holds them, or `ImageTensors` once they are loaded
 
     @property
     def completions(self) -> list[list[int]]:
@@ -98,11 +109,15 @@ class Segments:
     another segment starts that is as long at least. `prompt | chosen | rejected` is two segments: prompt + chosen without a
     prefix, and rejected with the prompt as its prefix; every further completion is one more of the latter kind. Lives on the
     host; the index tensors for variable-length kernels are made on demand.
+
+    `mutual` lists stretches (start, end) of the row, none across two segments, whose tokens see each other both ways: the
+    tokens of an image, where the model has them so.
     """
 
     length: tuple[int, ...]
     prefix_start: tuple[int, ...]
     prefix_length: tuple[int, ...]
+    mutual: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def _memo(self) -> dict[Any, Any]:
@@ -153,6 +168,40 @@ class VarlenIndex:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """The images of a batch as the model takes them, one behind the other in the order of their places.
+
+    `inputs` are arguments of the model's forward; along `axis[name]` an image has `extent[image][name]` entries, and row r of
+    the batch has `count[r]` images.
+    """
+
+    inputs: dict[str, Tensor]
+    axis: dict[str, int]
+    extent: tuple[dict[str, int], ...]
+    digests: tuple[bytes, ...]
+    count: tuple[int, ...]
+
+    def to(self, device: torch.device, **options: Any) -> ImageBatch:
+        moved = {name: tensor.to(device, **options) for name, tensor in self.inputs.items()}
+        return dataclasses.replace(self, inputs=moved)
+
+    def pin_memory(self) -> ImageBatch:
+        return dataclasses.replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
+    def by_row(self) -> list[tuple[ImageTensors, ...]]:
+        """Taken apart again."""
+        pieces = {
+            name: tensor.split([extent[name] for extent in self.extent], dim=self.axis[name])
+            for name, tensor in self.inputs.items()
+        }
+        images = iter(
+            ImageTensors(tensors={name: pieces[name][number] for name in pieces}, digest=digest)
+            for number, digest in enumerate(self.digests)
+        )
+        return [tuple(next(images) for _ in range(count)) for count in self.count]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairBatch:
     """N preference pairs over C completions, laid out in R rows of L tokens (flat: one row; padded: one per completion).
 
@@ -172,12 +221,16 @@ class PairBatch:
     rejected: Tensor  # [N] in [0, C)
     num_tokens: int  # tokens computed, without padding
     margin: Tensor | None = None  # [N] float32, by how much chosen is better, as the data says; NaN where it does not
-    position_ids: Tensor | None = None  # [R, L] flat: every completion continues from the end of its prompt
+    position_ids: Tensor | None = (
+        None  # [R, L] or [3, R, L], flat: every completion continues from the end of its prompt
+    )
     attention_mask: Tensor | None = None  # [R, L] padded: 1 for a token, 0 for padding
     segments: Segments | None = None  # flat: who sees whom
     keys: tuple[bytes, ...] | None = (
         None  # [C] what each completion is (data/content.py), on the host; None: not asked for
     )
+    images: ImageBatch | None = None
+    token_types: dict[str, Tensor] | None = None  # {argument of the model: [R, L]} padded: which tokens are an image's
 
     @property
     def is_flat(self) -> bool:
@@ -196,7 +249,7 @@ class PairBatch:
                 "batches with DataCollatorForPreference(..., max_tokens=None, pack_tokens=None)."
             )
         if device is not None:
-            inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            inputs = send_to_device(dict(inputs), device)
         if "score_at" not in inputs:
             return cls.from_completion_mask(inputs)
         return cls(**{f.name: inputs[f.name] for f in dataclasses.fields(cls) if f.name in inputs})

@@ -256,6 +256,34 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Processes for tokenization. The fast tokenizer already uses every core in one."},
     )
 
+    # --- images ---
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that paths of images are relative to, and that none may lead out of. Default: the working directory, "
+            "and paths lead anywhere."
+        },
+    )
+    allow_image_urls: bool = field(
+        default=False, metadata={"help": "Download images that are URLs (and keep them in the cache of datasets)."}
+    )
+    cache_processed_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep processed images on disk ($DPO_TRAINER_CACHE/images, else $HF_HOME/dpo_trainer/images), for later "
+            "epochs and runs. Faster where images are large, and takes more room than they do."
+        },
+    )
+    freeze_vision_tower: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave what turns pixels into features as it is; with LoRA, adapters go on the language model alone. "
+            "Default: true with LoRA, false without.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
     # --- the batch and the model ---
     layout: str = field(
         default="auto",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from .attention import why_not_flat
 from .batch import PairBatch, Preferred, TokenizedPair
 from .data.collate import inputs_of, padded_order
+from .data.image_inputs import ImageInputs
 from .data.uncollate import as_padded, pairs_of
 from .logprobs import Scorer, base_model, evaluation_mode
 
@@ -46,6 +48,7 @@ class Layout:
         autocast: the dtype of mixed precision, None without it.
         reason: a reason against flat that lies in the run's options rather than in a model.
         counted: the option that counts tokens of the layout, which then cannot change when batches are cut already.
+        images: what makes the inputs of images, of a vision-language model.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Layout:
         autocast: torch.dtype | None = None,
         reason: str | None = None,
         counted: str | None = None,
+        images: ImageInputs | None = None,
     ):
+        self.images = images
         self.requested = requested
         self.pad_token_id = pad_token_id
         self.autocast = autocast
@@ -86,7 +91,7 @@ class Layout:
             self.settle_references(batch)
             self.verify(self.scorer, policy, batch)
             self.settled = True
-        return as_padded(batch, self.pad_token_id) if self.name == "padded" else batch
+        return as_padded(batch, self.pad_token_id, self.images) if self.name == "padded" else batch
 
     def settle_references(self, batch: PairBatch) -> None:
         """Ahead of the policy, where there is nothing of it yet to compute with."""
@@ -97,9 +102,9 @@ class Layout:
     def verify(self, scorer: Scorer, model: nn.Module, batch: PairBatch) -> None:
         """Settle the layout, and how `scorer` reads log-probs, by comparing on two short rows made of `batch`."""
         model = extract_model_from_parallel(model)
-        rows = _short(pairs_of(batch))
+        rows = _short(pairs_of(batch), self.images)
         with evaluation_mode(model), _plain(scorer):
-            want = _measure(scorer, model, rows, "padded", self.pad_token_id)
+            want = _measure(scorer, model, rows, "padded", self.pad_token_id, self.images)
         ways = ["flat", "padded"] if self.name == "flat" else ["padded"]
         problems = []
         for layout in ways if scorer.through_head else []:
@@ -119,7 +124,7 @@ class Layout:
         """What differs from the plain way, or None."""
         try:
             with evaluation_mode(model):
-                got = _measure(scorer, model, rows, layout, self.pad_token_id)
+                got = _measure(scorer, model, rows, layout, self.pad_token_id, self.images)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does with rows or heads that it was not written for
@@ -148,16 +153,25 @@ class Layout:
         )
 
 
-def _short(rows: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+def _short(rows: Sequence[TokenizedPair], images: ImageInputs | None = None) -> list[TokenizedPair]:
     """The two shortest rows, cut to a few tokens, with three completions each: enough to see who sees whom.
 
     Which rows the first batch holds is chance, and its verdict is for the whole run: a row of two completions gets a third
     from their tokens, for a ranked row may come later. A completion of one token is predicted from its prompt alone, and
     a single row has no neighbour: neither would show a wrong mask. So each completion is followed by the next one of its
-    row, and a row that is alone comes twice.
+    row, and a row that is alone comes twice. For a model that sees, the second one looks at an image, in the midst of its
+    prompt, and the first at none.
     """
-    shortest = sorted(rows, key=lambda row: len(row.prompt_ids) + sum(map(len, row.completions)))[:2]
-    return [_cut(row) for row in (shortest * 2)[:2]]
+    own = frozenset() if images is None else images.text.image_ids
+    words = [replace(row, prompt_ids=[n for n in row.prompt_ids if n not in own], images=()) for row in rows]
+    shortest = sorted(words, key=lambda row: len(row.prompt_ids) + sum(map(len, row.completions)))[:2]
+    cut = [_cut(row) for row in (shortest * 2)[:2]]
+    if images is not None:
+        ids, image = images.probe
+        prompt = cut[1].prompt_ids
+        half = len(prompt) // 2
+        cut[1] = replace(cut[1], prompt_ids=[*prompt[:half], *ids, *prompt[half:]], images=(image,))
+    return cut
 
 
 def _cut(row: TokenizedPair) -> TokenizedPair:
@@ -174,12 +188,17 @@ def _cut(row: TokenizedPair) -> TokenizedPair:
 
 
 def _measure(
-    scorer: Scorer, model: nn.Module, rows: list[TokenizedPair], layout: str, pad_token_id: int
+    scorer: Scorer,
+    model: nn.Module,
+    rows: list[TokenizedPair],
+    layout: str,
+    pad_token_id: int,
+    images: ImageInputs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob sums [2N], and the gradient of a mix of them with respect to the embedded tokens, per row in the order
     prompt, completion 0, completion 1 ... whatever the layout."""
     device = base_model(model).device
-    batch = PairBatch.from_inputs(inputs_of(rows, layout, pad_token_id), device)
+    batch = PairBatch.from_inputs(inputs_of(rows, layout, pad_token_id, images=images), device)
     embedded: list[Tensor] = []
 
     def as_leaf(module: nn.Module, args: object, output: Tensor) -> Tensor:

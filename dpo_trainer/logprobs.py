@@ -105,6 +105,7 @@ def router_loss_weight(model: PreTrainedModel, requested: float | None) -> float
 
 def _model_inputs(batch: PairBatch) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    inputs |= (batch.images.inputs if batch.images else {}) | (batch.token_types or {})
     if batch.is_flat:
         return {**inputs, "position_ids": batch.position_ids, "segments": batch.segments}
     return {**inputs, "attention_mask": batch.attention_mask}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from .layout import Layout
 from .reference import CachedReference, Record
 
 WINDOW = 4096  # rows that are sorted by length at a time, and looked up in the cache together
+WINDOW_OF_IMAGES = 128  # the same where they have images, which are all in memory then
 # On a CPU, the arrays of larger packs are above 32 MiB, which glibc gives back after each use: up to a fifth of the time goes
 # into mapping them anew (benchmarks/reference_cache.py). Not measured on accelerators.
 TOKENS = {"cpu": 2048, "others": 16_384}
@@ -118,11 +119,12 @@ class Precompute:
             tqdm(desc=f"Reference log-probs of {name}", unit=" rows", total=_length(dataset), disable=hide) as bar,
         ):
             place = 0
-            while window := list(itertools.islice(rows, WINDOW)):
-                mine = [read_row(row, at) for at, row in enumerate(window, start=place) if at % shares == share]
+            size = WINDOW if self.layout.images is None else WINDOW_OF_IMAGES
+            while window := list(itertools.islice(rows, size)):
+                mine = [self._loaded(row, at) for at, row in enumerate(window, start=place) if at % shares == share]
                 missing = self._missing(mine)
                 counts[0] += sum(len(row.completions) for row in mine) - sum(len(r.completions) for r in missing)
-                for pack, wanted in self._turns(missing, spare=read_row(window[0], place)):
+                for pack, wanted in self._turns(missing, spare=self._loaded(window[0], place)):
                     batch = self._batch(pack)
                     records = self.reference.compute(policy, batch)
                     if not wanted:
@@ -134,6 +136,11 @@ class Precompute:
                 place += len(window)
                 bar.update(place - bar.n)
         return counts
+
+    def _loaded(self, row: Mapping[str, Any], place: int) -> TokenizedPair:
+        """With its images, for they are part of what a completion is known by."""
+        read = read_row(row, place)
+        return read if self.layout.images is None else self.layout.images.load(read)
 
     def _turns(
         self, missing: Sequence[TokenizedPair], spare: TokenizedPair
@@ -162,7 +169,7 @@ class Precompute:
         return list({tuple(own): row for row, own in wanted}.values())
 
     def _batch(self, rows: Sequence[TokenizedPair]) -> PairBatch:
-        inputs = inputs_of(rows, self.layout.name, self.pad_token_id, keyed=True)
+        inputs = inputs_of(rows, self.layout.name, self.pad_token_id, keyed=True, images=self.layout.images)
         return PairBatch.from_inputs(inputs, self.accelerator.device)
 
 

@@ -32,6 +32,7 @@ def run_collator(
             keyed=keyed,
             max_tokens=budget,
             pack_tokens=tokens_of_a_part(args, objective),
+            images=layout.images,
         )
     if getattr(given, "max_tokens", None) != budget:
         raise ValueError(

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -34,13 +34,14 @@ from .data import (
     RepeatedStream,
     check_tokenizer,
 )
+from .data.columns import IMAGES
 from .data.content import dataset_digest
 from .durable import DurableTrainer
 from .engine_checks import check_engine, check_placement
 from .engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
 from .failures import MemoryAdvice, explained
 from .fillers import refuse_empty_rounds, unweigh_fillers
-from .loading import load_tokenizer, weights_beside_adapter
+from .loading import load_processing_class, weights_beside_adapter
 from .logprobs import base_model
 from .losses import Objective
 from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
@@ -67,7 +68,7 @@ BESIDE = "beside the adapter/"
 
 
 class DPOTrainer(DurableTrainer):
-    """Trains a causal language model on preference pairs with DPO or a loss of its family.
+    """Trains a causal language model, which may see images too, on preference pairs with DPO or a loss of its family.
 
     Args:
         model: a hub id or local path, a `PreTrainedModel`, or a `PeftModel`.
@@ -77,7 +78,7 @@ class DPOTrainer(DurableTrainer):
             return what other DPO libraries expect (see `PairBatch.from_completion_mask`).
         train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones; a list of datasets is a mixture.
         eval_dataset: likewise, or a dict of datasets that are evaluated one by one; `evaluate(dataset)` takes raw rows too.
-        processing_class: the tokenizer; None loads the model's.
+        processing_class: the tokenizer, or the processor of a model that sees; None loads the model's.
         compute_metrics: receives an `EvalPrediction` whose `predictions` is a dict of arrays [pairs]: `rewards/chosen`,
             `rewards/rejected`, `logps/chosen`, `logps/rejected`, `ref_logps/chosen`, `ref_logps/rejected`; `label_ids`
             are the example ids. Logits never exist as a whole.
@@ -103,7 +104,7 @@ class DPOTrainer(DurableTrainer):
         data_collator: Callable | None = None,
         train_dataset: Rows | list[Rows] | None = None,
         eval_dataset: Rows | list[Rows] | dict[str, Rows] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -131,7 +132,7 @@ class DPOTrainer(DurableTrainer):
                 check_placement(given, args)
         if processing_class is None:
             named = model if isinstance(model, str) else base_model(start).config._name_or_path
-            processing_class = load_tokenizer(named, trust_remote_code=args.trust_remote_code)
+            processing_class = load_processing_class(named, trust_remote_code=args.trust_remote_code)
         # Read before Trainer.__init__ sets them as well.
         self.args, self.processing_class = args, processing_class
         self.pad_token_id = check_tokenizer(processing_class)
@@ -187,7 +188,7 @@ class DPOTrainer(DurableTrainer):
 
     def _assemble(self, model: nn.Module) -> nn.Module:
         self.objective = Objective.from_config(self.args)
-        parts = assemble(model, self.given, self.objective, self.pad_token_id)
+        parts = assemble(model, self.given, self.objective, self.pad_token_id, self.processing_class)
         self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
         check_splits(self.args, self.objective)
         self._models: dict[str, Any] = {}
@@ -239,7 +240,7 @@ class DPOTrainer(DurableTrainer):
     # --- the data, as Trainer asks for it ---
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(FEATURES)
+        self._signature_columns = [*FEATURES, *IMAGES]
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
         raw = isinstance(eval_dataset, Dataset | IterableDataset | list | tuple)

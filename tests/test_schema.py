@@ -467,7 +467,15 @@ BAD_ROWS = {
     "content None": (TALK | {"chosen": [assistant(None)]}, ["'chosen[0]'", "has no content"]),
     "content of an image": (
         TALK | {"prompt": [user([{"type": "image", "url": "u"}])]},
-        ["'prompt[0]'", "part of type 'image'", "'text'"],
+        ["'prompt[0]'", "image part that holds 'url' itself", 'column "images"'],
+    ),
+    "content of a video": (
+        TALK | {"prompt": [user([{"type": "video"}])]},
+        ["'prompt[0]'", "part of type 'video'", "'text' and 'image'"],
+    ),
+    "image in an answer": (
+        TALK | {"chosen": [assistant([{"type": "image"}])]},
+        ["'chosen[0]'", "image in a turn of the assistant"],
     ),
     "content of strings": (TALK | {"prompt": [user(["q"])]}, ["'prompt[0]'", "part of type 'str'"]),
     "content number": (TALK | {"chosen": [assistant(3)]}, ["content of type int"]),

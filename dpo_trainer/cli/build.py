@@ -8,7 +8,7 @@ import torch
 
 from ..config import DPOConfig
 from ..durable import STOPPED_BY_SIGNAL
-from ..loading import load_tokenizer, make_quantization_config
+from ..loading import load_processing_class, make_quantization_config
 from ..trainer import DPOTrainer
 from .arguments import ModelArguments, ScriptArguments, make_peft_config, merged_init_kwargs
 from .data import load_data
@@ -41,7 +41,7 @@ def _parts(script: ScriptArguments, model: ModelArguments, config: DPOConfig) ->
         "args": config,
         "train_dataset": train,
         "eval_dataset": evaluation,
-        "processing_class": load_tokenizer(
+        "processing_class": load_processing_class(
             model.model_name_or_path, trust_remote_code=config.trust_remote_code, revision=model.model_revision
         ),
         "quantization_config": make_quantization_config(

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..batch import MICRO_BATCHES, Segments, TokenizedPair
+from ..batch import MICRO_BATCHES, ImageBatch, Segments, TokenizedPair
 from .columns import PREPARED, TOKENIZED
 from .content import completion_keys
+from .image_inputs import ImageInputs
+from .image_source import images_of
 from .packs import check_fits, flat_size, packed_places, padded_size, rounded_up
 from .schema import weight_from_row
 from .tokenized import example_id_from_row, ids_from_row
@@ -45,6 +47,7 @@ class DataCollatorForPreference:
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
         keyed: name every completion by its content, for a cache of reference log-probs.
         max_tokens: of one forward pass (flat: of the row; padded: rows x longest). None: the batch stays whole.
+        images: makes what a vision-language model takes of the images of rows; None for a model that reads text alone.
         pack_tokens: the same as an aim and not a ceiling, where there is no `max_tokens`: a longer row goes by itself, and a
             batch that is not larger stays whole.
 
@@ -58,6 +61,7 @@ class DataCollatorForPreference:
     keyed: bool = False
     max_tokens: int | None = None
     pack_tokens: int | None = None
+    images: ImageInputs | None = None
 
     def __post_init__(self):
         if self.layout not in ("flat", "padded"):
@@ -77,7 +81,8 @@ class DataCollatorForPreference:
         return (padded_size if self.layout == "padded" else flat_size)(rows, self.pad_to_multiple_of)
 
     def _inputs(self, rows: Sequence[TokenizedPair]) -> dict[str, Any]:
-        return inputs_of(rows, self.layout, self.pad_token_id, self.pad_to_multiple_of, keyed=self.keyed)
+        multiple = self.pad_to_multiple_of
+        return inputs_of(rows, self.layout, self.pad_token_id, multiple, keyed=self.keyed, images=self.images)
 
     def _split(self, rows: Sequence[TokenizedPair], max_tokens: int) -> dict[str, Any]:
         """In parts, also where one is enough: ranks that go in step add to them."""
@@ -98,10 +103,13 @@ def inputs_of(
     multiple: int | None = None,
     *,
     keyed: bool = False,
+    images: ImageInputs | None = None,
 ) -> dict[str, Any]:
     """The inputs of a step, in one of the layouts."""
+    if images is not None:
+        rows = [images.load(row) for row in rows]
     make = flat_inputs if layout == "flat" else padded_inputs
-    inputs = make(rows, pad_token_id, multiple)
+    inputs = make(rows, pad_token_id, multiple, images)
     if keyed:
         keys = [completion_keys(row) for row in rows]
         order = flat_order(rows) if layout == "flat" else padded_order(rows)
@@ -133,6 +141,7 @@ def read_row(row: Mapping[str, Any], place: int) -> TokenizedPair:
         pairs=ids.pairs,
         unscored=ids.unscored,
         weight=weight_from_row(plain, where),
+        images=images_of(row, where),
     )
 
 
@@ -183,38 +192,68 @@ def _per_token(completions: Sequence[Scored]) -> dict[str, Tensor]:
     }
 
 
-def flat_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None) -> dict[str, Any]:
+def flat_inputs(
+    rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None, images: ImageInputs | None = None
+) -> dict[str, Any]:
     """All rows in one. Completions are numbered as they stand there: those of the first row, those of the second ..."""
     tokens: list[int] = []
     positions: list[Tensor] = []
     completions: list[Scored] = []
     segments: list[tuple[int, int, int]] = []  # length, prefix start, prefix length
+    mutual: list[tuple[int, int]] = []
     for row in rows:
         start, p = len(tokens), len(row.prompt_ids)
         tokens += row.prompt_ids
+        positions += _positions(row, images)
+        mutual += [(start + a, start + b) for a, b in images.mutual(row.prompt_ids)] if images else []
         for number, (ids, places) in enumerate(zip(row.completions, scored_places(row), strict=True)):
             begin, n = len(tokens), len(ids)
             tokens += ids
             # The prompt is in the segment of the first completion, and the prefix of the others.
             segments.append((n, start, p) if number else (p + n, 0, 0))
-            positions.append(torch.arange(p if number else 0, p + n))
             before = torch.arange(begin - 1, begin + n - 1)
             before[0] = start + p - 1  # the end of the prompt that they share
             completions.append(Scored(before[places], torch.tensor(ids)[places]))
     num_tokens = len(tokens)
-    if padding := rounded_up(num_tokens, multiple) - num_tokens:
-        tokens += [pad_token_id] * padding
-        positions.append(torch.arange(padding))
-        segments.append((padding, 0, 0))
+    shown, unseen = _images_of_batch(rows, images)
+    if unseen or rounded_up(num_tokens, multiple) > num_tokens:
+        tokens += unseen
+        tokens += [pad_token_id] * (rounded_up(len(tokens), multiple) - len(tokens))
+        tail = len(tokens) - num_tokens
+        positions.append(torch.arange(tail).expand(*positions[0].shape[:-1], tail))
+        segments.append((tail, 0, 0))
     lengths, prefix_start, prefix_length = zip(*segments, strict=True)
     return {
         **_per_pair(rows, flat_order(rows)),
         "input_ids": torch.tensor([tokens]),
-        "position_ids": torch.cat(positions)[None],
+        "position_ids": torch.cat(positions, dim=-1).unsqueeze(-2),
         **_per_token(completions),
         "num_tokens": num_tokens,
-        "segments": Segments(length=lengths, prefix_start=prefix_start, prefix_length=prefix_length),
+        "segments": Segments(
+            length=lengths, prefix_start=prefix_start, prefix_length=prefix_length, mutual=tuple(mutual)
+        ),
+        **({} if shown is None else {"images": shown}),
     }
+
+
+def _positions(row: TokenizedPair, images: ImageInputs | None) -> list[Tensor]:
+    """[tokens], or [3, tokens] where a model has them so: of the prompt with the first completion, then of each other."""
+    own = None if images is None else images.positions(row)
+    if own is not None:
+        return own
+    p = len(row.prompt_ids)
+    return [torch.arange(p if number else 0, p + len(ids)) for number, ids in enumerate(row.completions)]
+
+
+def _images_of_batch(rows: Sequence[TokenizedPair], images: ImageInputs | None) -> tuple[ImageBatch | None, list[int]]:
+    """The images of rows, in order; and token ids that stand for one that no row has, where there must be one."""
+    if images is None:
+        return None, []
+    shown = images.joined([row.images for row in rows])
+    if shown is not None or not images.always:
+        return shown, []
+    ids, blank = images.blank
+    return images.joined([*([()] * len(rows)), [blank]]), ids
 
 
 def flat_order(rows: Sequence[TokenizedPair]) -> list[tuple[int, int]]:
@@ -228,19 +267,24 @@ def padded_order(rows: Sequence[TokenizedPair]) -> list[tuple[int, int]]:
     return [(i, number) for number in range(most) for i, row in enumerate(rows) if number < len(row.completions)]
 
 
-def padded_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None) -> dict[str, Any]:
-    """One right-padded row per completion, in `padded_order`."""
+def padded_inputs(
+    rows: Sequence[TokenizedPair], pad_token_id: int, multiple: int | None = None, images: ImageInputs | None = None
+) -> dict[str, Any]:
+    """One right-padded row per completion, in `padded_order`; after them, one for an image that no row has."""
     order, places = padded_order(rows), [scored_places(row) for row in rows]
     texts = [(rows[i].prompt_ids, rows[i].completions[number]) for i, number in order]
+    shown, unseen = _images_of_batch([rows[i] for i, _ in order], images)
+    texts += [(unseen, [])] if unseen else []
     used = [len(prompt) + len(ids) for prompt, ids in texts]
     width = rounded_up(max(used), multiple)
     input_ids = torch.full((len(used), width), pad_token_id)
     attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    completions = []
-    for c, ((prompt, ids), (i, number)) in enumerate(zip(texts, order, strict=True)):
-        scored_at = len(prompt) + places[i][number]
+    for c, (prompt, ids) in enumerate(texts):
         input_ids[c, : used[c]] = torch.tensor([*prompt, *ids])
         attention_mask[c, : used[c]] = 1
+    completions = []
+    for c, (i, number) in enumerate(order):
+        scored_at = len(rows[i].prompt_ids) + places[i][number]
         completion_mask[c, scored_at] = 1
         completions.append(Scored(c * width + scored_at - 1, input_ids[c, scored_at]))
     return {
@@ -249,5 +293,7 @@ def padded_inputs(rows: Sequence[TokenizedPair], pad_token_id: int, multiple: in
         "attention_mask": attention_mask,
         "completion_mask": completion_mask,
         **_per_token(completions),
-        "num_tokens": sum(used),
+        "num_tokens": sum(used[: len(order)]),
+        **({} if shown is None else {"images": shown}),
+        **({} if images is None else images.token_types(texts, width)),
     }

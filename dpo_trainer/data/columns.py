@@ -16,9 +16,12 @@ PAIR = ("chosen", "rejected")
 RANKED = ("completions", "scores")
 OPTIONS = ("system", "tools", "chat_template_kwargs")
 PREPARED = ("example_id", "more_ids", "pairs", "unscored")
+IMAGES = ("image", "images")
+REFUSED = ("video", "videos", "audio", "audios")
+"""Read only to say that they cannot be trained on: a model would answer for what it never saw."""
 MOST = 30
 """How many columns an error lists."""
-READ = (*PROMPTS, *PAIR, *RANKED, *OPTIONS, "weight", "margin", *TOKENIZED, *PREPARED)
+READ = (*PROMPTS, *PAIR, *RANKED, *OPTIONS, "weight", "margin", *IMAGES, *REFUSED, *TOKENIZED, *PREPARED)
 
 
 def is_tokenized(columns: Iterable[str]) -> bool:

@@ -25,10 +25,13 @@ def content_id(pair: PairIds) -> int:
 def completion_keys(row: TokenizedPair) -> list[bytes]:
     """[K] 16 bytes for each completion: all that decides its log-prob, apart from the model.
 
-    Those are the prompt, the completion, and which tokens of it are scored: never the row, its other completions or how
-    it came to be. The same completion of the same prompt has the same key in every dataset.
+    Those are the prompt, its images (pixels and how they are processed, so they must be loaded), the completion, and
+    which tokens of it are scored: never the row, its other completions or how it came to be. The same completion of the
+    same prompt has the same key in every dataset.
     """
     start = hashlib.blake2b(_bytes(row.prompt_ids), digest_size=16)
+    for image in row.images:
+        start.update(image.digest)
     keys = []
     for number, ids in enumerate(row.completions):
         digest = start.copy()

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..batch import Message, Pair
 from .errors import bad
 from .implicit import split_messages
-from .messages import read_messages, without_none
+from .messages import image_count, read_messages, without_none, words_of
 from .parts import Parts
 
 OURS = {
@@ -61,7 +61,7 @@ def _without_repeated_prompt(
     """A string prompt that stands again in whole conversations beside it is the last turn that they all share."""
     if isinstance(given, str) and len(completions) == 2:
         shared, *rest = split_messages(*completions)
-        if shared and shared[-1].get("content", "").strip() == given.strip():
+        if shared and words_of(shared[-1]).strip() == given.strip():
             return shared, *rest
     return prompt, *completions
 
@@ -71,6 +71,9 @@ def _check_completion(completion: list[Message], where: str, column: str) -> Non
     if first != "assistant":
         remedy = "Move the turns before it to 'prompt', or remove the column 'prompt' if all completions repeat it"
         raise bad(where, column, f"starts with a {first!r} turn; a completion starts with 'assistant'", remedy)
+    if any(map(image_count, completion)):
+        remedy = "Images belong to the prompt, which all completions share: give it in a column of its own"
+        raise bad(where, column, "holds an image", remedy)
     if last != "assistant":
         remedy = "End it with what the assistant says"
         raise bad(where, column, f"ends with a {last!r} turn, which is not the model's to learn", remedy)

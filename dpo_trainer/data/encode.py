@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -16,8 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def text_tokenizer(processing_class: Any) -> Any:
-    """The tokenizer of a processor, or the tokenizer itself."""
-    return getattr(processing_class, "tokenizer", processing_class)
+    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    template = getattr(processing_class, "chat_template", None)
+    if template is None or template == tokenizer.chat_template:
+        return tokenizer
+    twin = copy.copy(tokenizer)
+    twin.chat_template = template
+    return twin
 
 
 def check_tokenizer(processing_class: Any) -> int:

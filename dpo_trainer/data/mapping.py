@@ -14,6 +14,9 @@ from datasets import Dataset, Features, List, Value
 from .columns import TOKENIZED, announce_unread, check_columns, is_tokenized
 from .content import content_id
 from .encode import eos_token_id, tokenizer_fingerprint
+from .errors import bad
+from .image_source import encoded, images_of
+from .image_text import ImageText, has_image_parts
 from .report import RowFacts, labelled
 from .schema import pair_from_row, weight_from_row
 from .tokenize import tokenize_pairs
@@ -32,7 +35,10 @@ FEATURES = Features(
         "length": Value("int64"),
     }
 )
-"""A prepared row, as `collate.py` reads it."""
+"""A prepared row, as `collate.py` reads it. Rows with images have these too, as they were."""
+
+STREAMED_IMAGES = Features({"images": List({"bytes": Value("binary"), "path": Value("string")})})
+"""The images of a row of a stream; in a table they stay in the columns that they came in."""
 
 NOTES = Features({"flags": Value("int32"), "left_out": Value("int32"), "largest_id": Value("int32")})
 """What a report needs to know of it besides."""
@@ -60,6 +66,7 @@ class PairMapper:
     allow_special_tokens_in_text: bool = False
     first_id: int = 0
     row_numbers: np.ndarray | None = None
+    images: ImageText | None = None
 
     @property
     def label(self) -> str:
@@ -74,13 +81,13 @@ class PairMapper:
         where = [f"Row {number} of {self.label}" for number in numbers]
         own_ids: list[int | None] = [None] * len(rows)
         if is_tokenized(batch):
-            ids = [ids_from_row(row, at) for row, at in zip(rows, where, strict=True)]
+            ids = [self._given_ids(row, at) for row, at in zip(rows, where, strict=True)]
             own_ids = [example_id_from_row(row, at) for row, at in zip(rows, where, strict=True)]
         else:
             ids = self._tokenize(rows, where)
         ids = [self.limits.apply(pair) for pair in ids]
         default = map(content_id, ids) if self.streaming else [self.first_id + index for index in indices]
-        return {
+        out: dict[str, list] = {
             "example_id": [given if own is None else own for own, given in zip(own_ids, default, strict=True)],
             "prompt_ids": [pair.prompt for pair in ids],
             "chosen_ids": [pair.completions[0] for pair in ids],
@@ -95,6 +102,10 @@ class PairMapper:
             "left_out": [pair.left_out for pair in ids],
             "largest_id": [max(max(text, default=0) for text in (pair.prompt, *pair.completions)) for pair in ids],
         }
+        if self.streaming and self.images is not None:
+            shown = [images_of(row, at) for row, at in zip(rows, where, strict=True)]
+            out["images"] = [[encoded(image, at) for image in of_row] for of_row, at in zip(shown, where, strict=True)]
+        return out
 
     def _tokenize(self, rows: list[dict], where: list[str]) -> list[PairIds]:
         if self.tokenizer is None:
@@ -103,8 +114,27 @@ class PairMapper:
             )
         eos_token_id(self.tokenizer)  # refuses a tokenizer that has none
         pairs = [pair_from_row(row, at) for row, at in zip(rows, where, strict=True)]
+        for pair, at in zip(pairs, where, strict=True):
+            self._check_can_see(bool(pair.images) or has_image_parts(pair), at)
         allow = self.allow_special_tokens_in_text
-        return tokenize_pairs(pairs, self.tokenizer, where, allow_special_tokens_in_text=allow)
+        return tokenize_pairs(pairs, self.tokenizer, where, allow_special_tokens_in_text=allow, images=self.images)
+
+    def _given_ids(self, row: dict, where: str) -> PairIds:
+        """Of a row that is tokens already, perhaps with the images of its prompt beside."""
+        ids, images = ids_from_row(row, where), images_of(row, where)
+        self._check_can_see(bool(images), where)
+        if self.images is None:
+            return ids
+        self.images.check_features(ids, self.images.sizes(images, where), where)
+        return self.images.guarded(ids, where)
+
+    def _check_can_see(self, images: bool, where: str) -> None:
+        if images and self.images is None:
+            remedy = (
+                "Train a vision-language model with its processor (processing_class), or take the images out: "
+                "dataset.remove_columns"
+            )
+            raise bad(where, "images", "holds images, and the model reads text alone", remedy)
 
     def fingerprint(self, dataset: Dataset) -> str:
         """The cache key of the mapped dataset. Left alone, `datasets` would hash the tokenizer, which changes in use."""
@@ -112,6 +142,8 @@ class PairMapper:
         if not is_tokenized(dataset.column_names) and self.tokenizer is not None:
             tokenizer = tokenizer_fingerprint(self.tokenizer)
         options = [asdict(self.limits), self.allow_special_tokens_in_text, self.first_id]
+        if self.images is not None:
+            options += [self.images.fingerprint, asdict(self.images.access)]
         parts = [VERSION, str(FEATURES | NOTES), dataset._fingerprint, *options, tokenizer]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 

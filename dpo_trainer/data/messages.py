@@ -1,6 +1,6 @@
 """Chat messages in the spellings that real data has -> [{"role": ..., "content": ...}], checked.
 
-    {"role", "content"}      as chat templates read them; content a string, or a list of text parts
+    {"role", "content"}      as chat templates read them; content a string, or a list of parts of text and {"type": "image"}
     {"from", "value"}        ShareGPT: human, gpt, system, observation, function_call
 
 Entries that are None are left out: a table fills every message with the keys of all others.
@@ -47,12 +47,23 @@ def without_none(value: Any) -> Any:
     return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def words_of(message: Message) -> str:
+    """What a message says, without its images."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def image_count(message: Message) -> int:
+    content = message.get("content", "")
+    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
+
+
 def is_blank(completion: str | list[Message]) -> bool:
     """Whether a completion says nothing: not an error, for real data has some, but nothing to learn from."""
     if isinstance(completion, str):
         return not completion.strip()
     return not any(
-        turn.get("content", "").strip() or turn.get("tool_calls") for turn in completion if turn["role"] == "assistant"
+        words_of(turn).strip() or turn.get("tool_calls") for turn in completion if turn["role"] == "assistant"
     )
 
 
@@ -78,7 +89,11 @@ def _message(message: Any, where: str, column: str) -> Message:
         )
     _check_calls(message.get("tool_calls"), where, column)
     if isinstance(content, list):
-        message["content"] = "".join(_text_part(part, where, column) for part in content)
+        parts = [_part(part, where, column) for part in content]
+        message["content"] = parts if any(part["type"] == "image" for part in parts) else words_of({"content": parts})
+        if role == "assistant" and not isinstance(message["content"], str):
+            remedy = "A model that answers in words cannot learn it: move the image to a turn of the user"
+            raise bad(where, column, "has an image in a turn of the assistant", remedy)
     elif content is not None and not isinstance(content, str):
         raise bad(where, column, f"has content of type {type(content).__name__}", "Give the content as one string")
     return message
@@ -108,12 +123,22 @@ def _check_calls(calls: Any, where: str, column: str) -> None:
         raise bad(where, column, f"has tool_calls {calls!r:.80}", "Give a list of calls, each an object")
 
 
-def _text_part(part: Any, where: str, column: str) -> str:
-    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+def _part(part: Any, where: str, column: str) -> dict[str, str]:
+    """One of the parts of a message's content, without what a template need not see."""
     kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-    if kind == "text":
+    if kind == "image":
+        held = [key for key in part if key not in ("type", "text", "index")]
+        if held:
+            remedy = 'Put images into a column "images" of the row, in the order of their parts'
+            raise bad(where, column, f"has an image part that holds {held[0]!r} itself", remedy)
+        return {"type": "image"}
+    if kind != "text":
+        raise bad(
+            where,
+            column,
+            f"has a content part of type {kind!r}",
+            "Only parts of type 'text' and 'image' can be used here",
+        )
+    if not isinstance(part.get("text"), str):
         raise bad(where, column, "has a text part without text", 'Give {"type": "text", "text": ...}')
-    raise bad(
-        where, column, f"has a content part of type {kind!r}", "Only parts of type 'text' can be trained on here"
-    )
+    return {"type": "text", "text": part["text"]}

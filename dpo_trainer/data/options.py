@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .image_source import ImageAccess
 from .truncate import Limits
 
 
@@ -23,6 +24,8 @@ class DataOptions:
     allow_special_tokens_in_text: bool = False
     dataset_num_proc: int | None = None
     disable_tqdm: bool = False
+    image_root: str | None = None
+    allow_image_urls: bool = False
 
     def __post_init__(self):
         if self.useless_pairs not in ("drop", "error"):
@@ -31,6 +34,10 @@ class DataOptions:
     @classmethod
     def from_config(cls, args: Any) -> DataOptions:
         return cls(**{option.name: getattr(args, option.name) for option in fields(cls)})
+
+    @property
+    def image_access(self) -> ImageAccess:
+        return ImageAccess(root=self.image_root, allow_urls=self.allow_image_urls)
 
     def limits(self, bos_token_id: int | None) -> Limits:
         return Limits(

@@ -15,6 +15,8 @@ from datasets import Dataset, Features, IterableDataset
 from .columns import announce_unread, check_columns, read_columns
 from .content import content_id
 from .encode import text_tokenizer
+from .image_columns import image_columns, undecoded
+from .image_text import ImageText, is_processor
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
 from .needs import Needs
 from .options import DataOptions
@@ -37,7 +39,8 @@ def prepare_dataset(
     needs: Needs | None = None,
     first_id: int = 0,
 ) -> tuple[Dataset | IterableDataset, DataReport]:
-    """Rows of any form (schema.py) -> the columns of `mapping.FEATURES`.
+    """Rows of any form (schema.py) -> the columns of `mapping.FEATURES`, beside those of images where `tokenizer` is a
+    processor: of an image nothing but its header is read.
 
     `example_id` is the row number in the dataset given (from `first_id` on), before anything is dropped; for streams,
     which know none, a 63-bit hash of the token ids: the same on every rank and worker and after a resume, and equal for
@@ -49,6 +52,7 @@ def prepare_dataset(
     """
     options = options or DataOptions()
     source = _source(dataset)
+    images = ImageText(tokenizer, options.image_access) if is_processor(tokenizer) else None
     tokenizer = text_tokenizer(tokenizer)
     mapper = PairMapper(
         tokenizer=tokenizer,
@@ -60,6 +64,7 @@ def prepare_dataset(
         allow_special_tokens_in_text=options.allow_special_tokens_in_text,
         first_id=first_id,
         row_numbers=row_numbers(dataset),
+        images=images,
     )
     if isinstance(dataset, Dataset):
         _check_table(dataset, mapper.label)
@@ -128,7 +133,7 @@ def _check_table(dataset: Dataset, name: str) -> None:
 def _prepare_table(
     dataset: Dataset, mapper: PairMapper, options: DataOptions, needs: Needs
 ) -> tuple[Dataset, DataReport]:
-    plain = dataset.with_format(None)
+    plain = undecoded(dataset.with_format(None), mapper.label)
     read = read_columns(plain.column_names)  # what is the user's own is not even decoded
     with _progress_bars(not options.disable_tqdm):
         mapped = plain.select_columns(read).map(
@@ -152,9 +157,13 @@ def _prepare_table(
     report.refuse_empty()
     margins = mapped["margin"] if needs.unusable_margin else ()
     needs.check(np.asarray(mapped["largest_id"]), margins, keep, numbers, mapper.label)
+    mapped = mapped.remove_columns(list(NOTES))
+    if mapper.images is not None and (columns := image_columns(plain)):
+        # Beside each other, and not copied: images may be larger than all the rest by far.
+        mapped = datasets.concatenate_datasets([mapped, plain.select_columns(columns)], axis=1)
     if report.dropped:
         mapped = mapped.select(np.flatnonzero(keep))
-    return mapped.remove_columns(list(NOTES)), report
+    return mapped, report
 
 
 def _facts(mapped: Dataset) -> RowFacts:

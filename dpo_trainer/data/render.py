@@ -10,12 +10,16 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..batch import Message, Pair, Text
 from .errors import bad, clean
+from .messages import words_of
+
+if TYPE_CHECKING:
+    from .image_text import ImageText
 
 MARKS = re.compile("[\U000f0000\U000f0001]")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -29,6 +33,7 @@ class Rendered(NamedTuple):
     edges: Sequence[Sequence[str | list[int]]]  # per completion: up to where scored stretches begin and end, in turn
     templated: bool
     control_text: bool = False  # a string of the row has the text of a control token in it
+    images: bool = False  # there are tokens of images in the texts
 
     @property
     def all(self) -> list:
@@ -43,13 +48,52 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def render(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None) -> Rendered:
-    """`control` matches what must stay text in the strings of the row; None: nothing."""
-    if isinstance(pair.prompt, str):
+def render(
+    pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None, images: ImageText | None = None
+) -> Rendered:
+    """`control` matches what must stay text in the strings of the row; None: nothing. `images`: of a processor, if it is one."""
+    if images is not None:
+        pair = images.placed(pair, where)
+    if not isinstance(pair.prompt, str):
+        rendered = _conversation(pair, tokenizer, where, control, images).rendered()
+    else:
         texts = [f"{pair.prompt}{completion}" for completion in pair.completions]
         found = control is not None and any(map(control.search, texts))
-        return Rendered(pair.prompt, texts, [[]] * len(texts), templated=False, control_text=found)
-    return _conversation(pair, tokenizer, where, control).rendered()
+        if found and images is not None and pair.images:
+            found = _check_words_beside_images(pair, texts, where, control, images)
+        rendered = Rendered(pair.prompt, texts, [[]] * len(texts), templated=False, control_text=found)
+    return _with_images(rendered, pair, images, where) if images is not None and pair.images else rendered
+
+
+def _check_words_beside_images(pair: Pair, texts: list[str], where: str, control: Any, images: ImageText) -> bool:
+    """False: what was found are the places of images, which are to be read as such. Nothing else may be beside them."""
+    for text in texts:
+        if found := control.search(images.beside_words.sub("", text)):
+            problem = f"holds the text of the control token {found[0]!r} beside an image of plain text"
+            raise bad(where, "prompt or completion", problem, "Give the row as messages, or take the token out")
+    return False
+
+
+def _with_images(row: Rendered, pair: Pair, images: ImageText, where: str) -> Rendered:
+    """What stands in the place of each image, in the prompt and in all that begins with it."""
+    sizes = images.sizes(pair.images, where)
+    write: Any = images.write if isinstance(row.prompt, str) else images.write_ids
+    prompt, plain = write(row.prompt, sizes, where), len(row.prompt)
+
+    def written(text: Any) -> Any:
+        if text[:plain] != row.prompt:
+            raise ValueError(
+                f"{where}: the chat template does not begin the conversation as it begins the prompt, so the places of images "
+                "in it are not known. Use a template that keeps the prompt in front of the answer."
+            )
+        return prompt + text[plain:]
+
+    return row._replace(
+        prompt=prompt,
+        completions=[written(text) for text in row.completions],
+        edges=[[written(edge) for edge in edges] for edges in row.edges],
+        images=True,
+    )
 
 
 def render_prompt(prompt: Text, tokenizer: Any, where: str, control: re.Pattern[str] | None) -> Rendered:
@@ -57,11 +101,13 @@ def render_prompt(prompt: Text, tokenizer: Any, where: str, control: re.Pattern[
     if isinstance(prompt, str):
         found = control is not None and control.search(prompt) is not None
         return Rendered(prompt, [], [], templated=False, control_text=found)
-    conversation = _conversation(Pair(prompt=prompt, chosen="", rejected=""), tokenizer, where, control)
+    conversation = _conversation(Pair(prompt=prompt, chosen="", rejected=""), tokenizer, where, control, None)
     return Rendered(conversation.start(), [], [], templated=True, control_text=conversation.as_ids)
 
 
-def _conversation(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None) -> _Conversation:
+def _conversation(
+    pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None, images: ImageText | None
+) -> _Conversation:
     found = control is not None and any(map(control.search, strings_of(pair)))
     if not tokenizer.chat_template:
         raise ValueError(
@@ -70,7 +116,7 @@ def _conversation(pair: Pair, tokenizer: Any, where: str, control: re.Pattern[st
         )
     if control is not None and found:
         _check_can_stay_text(pair, where, control)
-    return _Conversation(pair, tokenizer, where, as_ids=found)
+    return _Conversation(pair, tokenizer, where, images, as_ids=found)
 
 
 def strings_of(pair: Pair) -> Iterator[str]:
@@ -85,7 +131,7 @@ def strings_of(pair: Pair) -> Iterator[str]:
 
 def _continued(prompt: list[Message]) -> str:
     """What an answer goes on from: the words of a prompt that ends in an assistant turn."""
-    return prompt[-1].get("content", "") if prompt[-1]["role"] == "assistant" else ""
+    return words_of(prompt[-1]) if prompt[-1]["role"] == "assistant" else ""
 
 
 def _values(value: Any) -> Iterator[str]:
@@ -118,8 +164,8 @@ def _check_can_stay_text(pair: Pair, where: str, control: re.Pattern[str]) -> No
 class _Conversation:
     """Renders one row of messages. `as_ids`: control tokens in its strings stay text, which only token ids can say."""
 
-    def __init__(self, pair: Pair, tokenizer: Any, where: str, *, as_ids: bool):
-        self.pair, self.where, self.as_ids = pair, where, as_ids
+    def __init__(self, pair: Pair, tokenizer: Any, where: str, images: ImageText | None, *, as_ids: bool):
+        self.pair, self.where, self.images, self.as_ids = pair, where, images, as_ids
         self.prompt = cast("list[Message]", pair.prompt)
         self.completions = cast("tuple[list[Message], ...]", pair.completions)
         self.tokenizer = _sanitizing(tokenizer) if as_ids else tokenizer
@@ -138,6 +184,7 @@ class _Conversation:
     def _text(self, messages: list[Message], **how: bool) -> Any:
         how |= {"sanitize_control_tokens": True, "return_dict": False} if self.as_ids else {}
         options = self.pair.chat_template_kwargs
+        messages = messages if self.images is None else self.images.for_template(messages)
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tools=self.pair.tools, tokenize=self.as_ids, **how, **options
@@ -185,7 +232,7 @@ class _Conversation:
     def _marked(self, completion: list[Message], start: str, whole: str) -> list[str]:
         template = self.tokenizer.get_chat_template(tools=self.pair.tools)
         _, (stretches,) = render_jinja_template(
-            [self._joined(completion)],
+            [self._joined(completion) if self.images is None else self.images.for_template(self._joined(completion))],
             tools=self.pair.tools,
             chat_template=template,
             return_assistant_tokens_mask=True,

@@ -7,6 +7,8 @@
 A prompt or a completion is a string, or chat messages (messages.py). Where one of a row is messages, its strings are
 turns: of the user as the prompt, of the assistant as a completion. So they are under a column `system`.
 
+Images of the prompt: `image`, or `images` (a list), for models that see (image_text.py).
+
 Optional: `weight` (>= 0), `margin`, and for conversations `system`, `tools`, `chat_template_kwargs`; None counts as not
 given. Every other column is the user's own and is not read. A bad row raises a ValueError that names the row, the
 column, what is wrong and the way out.
@@ -16,12 +18,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..batch import Pair
 from .columns import OPTIONS, is_tokenized
 from .conversation import pair_of_messages
 from .errors import bad
+from .image_source import images_of
 from .implicit import split_texts
 from .messages import without_none
 from .parts import Parts, find_parts, is_ranked
@@ -47,6 +51,10 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
 
 def pair_from_row(row: Mapping[str, Any], where: str) -> Pair:
     """`where` names the row in errors: "Row 7 of train"."""
+    return replace(_pair(row, where), images=tuple(images_of(row, where)))
+
+
+def _pair(row: Mapping[str, Any], where: str) -> Pair:
     parts = find_parts(row, where)
     if _is_chat(row, parts):
         return pair_of_messages(row, parts, where)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import IterableDataset
+from datasets import Features, IterableDataset
 
 from .columns import announce_unread, check_columns, read_columns
-from .mapping import BATCH, FEATURES, NOTES, PairMapper, facts_of
+from .image_columns import undecoded
+from .mapping import BATCH, FEATURES, NOTES, STREAMED_IMAGES, PairMapper, facts_of
 from .needs import Needs
 from .options import DataOptions
 from .report import DataReport
@@ -46,7 +47,7 @@ def prepare_stream(
             mapper.label,
         )
     report = DataReport(name=mapper.name, source=mapper.source, streaming=True)
-    plain = dataset.with_format(None)
+    plain = undecoded(dataset.with_format(None), mapper.label)
     if columns is not None:
         columns = read_columns(columns)  # what is the user's own is not even decoded
         plain = plain.select_columns(columns)
@@ -58,7 +59,8 @@ def prepare_stream(
         batched=True,
         batch_size=BATCH,
     )
-    return stream.select_columns(list(FEATURES)).cast(FEATURES), report
+    features = Features(FEATURES | STREAMED_IMAGES) if mapper.images is not None else FEATURES
+    return stream.select_columns(list(features)).cast(features), report
 
 
 GATE_COLUMNS = [*NOTES, "prompt_ids", "pairs", "margin", "length"]

@@ -8,7 +8,7 @@ the rest of its own text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..batch import ONE_PAIR, Pair, Stretch, Text
 from .encode import encode_from_one_head
@@ -20,22 +20,31 @@ from .render import Rendered, completion_name, control_tokens, render, render_pr
 from .report import Flag
 from .truncate import PairIds
 
+if TYPE_CHECKING:
+    from .image_text import ImageText
+
 
 def tokenize_pairs(
-    pairs: Sequence[Pair], tokenizer: Any, where: Sequence[str], *, allow_special_tokens_in_text: bool = False
+    pairs: Sequence[Pair],
+    tokenizer: Any,
+    where: Sequence[str],
+    *,
+    allow_special_tokens_in_text: bool = False,
+    images: ImageText | None = None,
 ) -> list[PairIds]:
     """Token ids of each row, in order; `where` names the rows in errors.
 
     One tokenizer call for all texts (two when the rows mix plain text and conversations), no text twice. Plain text gets
     the special tokens that the tokenizer adds by itself, but never a second BOS, and an EOS after each completion that
     lacks one; for conversations the chat template decides both. The text of a special token inside a row is text, unless
-    `allow_special_tokens_in_text`.
+    `allow_special_tokens_in_text`. `images` writes the images of rows into their prompts, where a processor is there.
     """
     control = None if allow_special_tokens_in_text else control_tokens(tokenizer)
-    rows = [render(pair, tokenizer, row, control) for pair, row in zip(pairs, where, strict=True)]
+    rows = [render(pair, tokenizer, row, control, images) for pair, row in zip(pairs, where, strict=True)]
     ids = _encode_all(tokenizer, rows, where, allow_special_tokens_in_text)
     ends = Ends.of(tokenizer)
-    return [_pair_ids(*row, tokenizer, ends) for row in zip(pairs, rows, ids, where, strict=True)]
+    out = [_pair_ids(*row, tokenizer, ends) for row in zip(pairs, rows, ids, where, strict=True)]
+    return out if images is None else [images.guarded(row, at) for row, at in zip(out, where, strict=True)]
 
 
 def tokenize_prompts(
@@ -53,11 +62,11 @@ def tokenize_prompts(
 
 
 def _encode_all(tokenizer: Any, rows: list[Rendered], where: Sequence[str], allow_special: bool) -> list[list]:
-    """Of each row, the token ids of all its texts: plain text and conversations by one call each."""
+    """Of each row, the token ids of all its texts: plain text, that with images, and conversations by one call each."""
     ids: list[list] = [[]] * len(rows)
-    for templated in (False, True):
-        at = [index for index, row in enumerate(rows) if row.templated == templated]
-        how = {"add_special_tokens": not templated, "control_as_text": not (templated or allow_special)}
+    for templated, images in ((False, False), (False, True), (True, None)):
+        at = [i for i, row in enumerate(rows) if row.templated == templated and images in (None, row.images)]
+        how = {"add_special_tokens": not templated, "control_as_text": not (templated or images or allow_special)}
         encoded = _encode_rows(tokenizer, [rows[i] for i in at], [where[i] for i in at], **how)
         for index, of_row in zip(at, encoded, strict=True):
             ids[index] = of_row

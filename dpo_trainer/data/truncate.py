@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from ..batch import ONE_PAIR, Preferred, Stretch
@@ -26,6 +27,7 @@ class PairIds(NamedTuple):
     pairs: tuple[Preferred, ...] = ONE_PAIR  # never empty: without a useful pair the first stays, and flags say why
     unscored: tuple[Stretch, ...] = ()
     flags: int = 0
+    images: tuple[tuple[int, int], ...] = ()  # (start, end) in the prompt: what may not be cut, in order
     left_out: int = 0  # pairs of a ranked row that are not used: ties, useless ones, those beyond a limit
 
     @property
@@ -69,7 +71,8 @@ class Limits:
        then the ends of the completions.
 
     A prompt that starts with `bos_token_id` keeps it when its beginning is cut (unless one token is left), for some
-    models are lost without it; the cut then comes right after it.
+    models are lost without it; the cut then comes right after it. The tokens of images are never cut: the words before,
+    between and after them are, from the beginning on. A prompt whose images alone are beyond a limit leaves no room.
 
     `too_long` says what becomes of a row that these limits would cut: it is cut (`truncate`), dropped (`drop`), or stops
     the run (`error`). A ranked row is cut as a whole, for its completions share one prompt; of its useful pairs the
@@ -127,31 +130,47 @@ class Limits:
 
     def _cut(self, ids: PairIds) -> PairIds | None:
         """The same object where nothing is too long, None where the prompt leaves no room."""
-        prompt = self._end_of_prompt(ids.prompt, self.max_prompt_length)
         longest = max(map(len, ids.completions))
         room = longest if self.max_completion_length is None else min(longest, self.max_completion_length)
+        most = len(ids.prompt) if self.max_prompt_length is None else self.max_prompt_length
+        fixed = sum(end - start for start, end in ids.images)
+        if fixed > most:
+            return None
         if self.max_length is not None:
             if self.truncation_mode == "keep_end":
-                prompt = self._end_of_prompt(prompt, max(1, self.max_length - room))
-            room = min(room, self.max_length - len(prompt))
+                most = min(most, max(1, fixed, self.max_length - room))
+            room = min(room, self.max_length - min(most, len(ids.prompt)))
             if room < 1:
                 return None
-        if len(prompt) == len(ids.prompt) and room == longest:
+        if len(ids.prompt) <= most and room == longest:
             return ids
+        prompt, images = self._end_of_prompt(ids, most)
         shorter = [len(completion) > room for completion in ids.completions]
         return ids._replace(
             prompt=prompt,
             completions=[completion[:room] for completion in ids.completions],
             unscored=tuple((n, start, min(end, room)) for n, start, end in ids.unscored if start < room),
+            images=images,
             flags=ids.flags
             | Flag.TRUNCATED_PROMPT * (len(prompt) < len(ids.prompt))
             | Flag.TRUNCATED_CHOSEN * any(shorter[pair.chosen] for pair in ids.pairs)
             | Flag.TRUNCATED_REJECTED * any(shorter[pair.rejected] for pair in ids.pairs),
         )
 
-    def _end_of_prompt(self, prompt: list[int], keep: int | None) -> list[int]:
-        if keep is None or len(prompt) <= keep:
-            return prompt
-        if keep > 1 and prompt[0] == self.bos_token_id:
-            return prompt[:1] + prompt[1 - keep :]
-        return prompt[-keep:]
+    def _end_of_prompt(self, ids: PairIds, most: int) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+        """The prompt without as many of its first words as are too many, and where its images are then."""
+        prompt = ids.prompt
+        excess = len(prompt) - most
+        if excess <= 0:
+            return prompt, ids.images
+        if not ids.images:
+            if most > 1 and prompt[0] == self.bos_token_id:
+                return prompt[:1] + prompt[1 - most :], ()
+            return prompt[-most:], ()
+        fixed = {place for start, end in ids.images for place in range(start, end)}
+        if most > len(fixed) and prompt[0] == self.bos_token_id:
+            fixed.add(0)
+        cut = set([place for place in range(len(prompt)) if place not in fixed][:excess])
+        before = list(accumulate((place in cut for place in range(len(prompt))), initial=0))
+        moved = tuple((start - before[start], end - before[start]) for start, end in ids.images)
+        return [number for place, number in enumerate(prompt) if place not in cut], moved

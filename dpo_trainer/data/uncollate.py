@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+
 from ..batch import PairBatch, Preferred, Segments, Stretch, TokenizedPair
 from .collate import inputs_of
+from .image_inputs import ImageInputs
 
 
-def as_padded(batch: PairBatch, pad_token_id: int) -> PairBatch:
+def as_padded(batch: PairBatch, pad_token_id: int, images: ImageInputs | None = None) -> PairBatch:
     """The same pairs in the padded layout, on the same device."""
     if not batch.is_flat:
         return batch
-    inputs = inputs_of(pairs_of(batch), "padded", pad_token_id, keyed=batch.keys is not None)
+    inputs = inputs_of(pairs_of(batch), "padded", pad_token_id, keyed=batch.keys is not None, images=images)
     return dataclasses.replace(PairBatch.from_inputs(inputs, batch.input_ids.device), weight=batch.weight)
 
 
@@ -75,6 +78,7 @@ def _padded_pairs(batch: PairBatch, places: Sequence[list[int]]) -> list[Tokeniz
 
 def _flat_rows(batch: PairBatch, segments: Segments, places: Sequence[list[int]]) -> list[TokenizedPair]:
     tokens, judged = batch.input_ids[0].tolist(), _judged(batch)
+    images = iter([] if batch.images is None else batch.images.to(torch.device("cpu")).by_row())
     rows, first = [], 0  # number in the batch of the row's first completion
     for prompt, *spans in _spans(segments):
         numbers = range(first, first := first + len(spans))
@@ -94,6 +98,7 @@ def _flat_rows(batch: PairBatch, segments: Segments, places: Sequence[list[int]]
                     for stretch in _unscored(number, span, places[numbers[number]])
                 ),
                 weight=own[0].weight,
+                images=next(images, ()),
             )
         )
     return rows

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..batch import Message
+from ..data.messages import words_of
 from ..data.render import control_tokens, render, strings_of
 from ..data.report import Flag
 from .rows import Row
@@ -159,4 +160,4 @@ class TemplateCheck:
 
 def _missing(messages: list[Message], text: str) -> list[str]:
     """Roles of the messages whose content does not appear in the text; templates may strip white space around it."""
-    return [message["role"] for message in messages if (message.get("content") or "").strip() not in text]
+    return [message["role"] for message in messages if words_of(message).strip() not in text]

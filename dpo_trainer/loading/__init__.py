@@ -11,7 +11,7 @@ from .continued_adapter import continue_adapter
 from .datasets import load_dataset_splits
 from .dropout import disable_dropout
 from .mixture import load_mixture
-from .models import load_model, load_tokenizer
+from .models import load_model, load_processing_class, load_tokenizer
 
 __all__ = [
     "apply_peft",
@@ -22,6 +22,7 @@ __all__ = [
     "load_dataset_splits",
     "load_mixture",
     "load_model",
+    "load_processing_class",
     "load_tokenizer",
     "make_quantization_config",
     "weights_beside_adapter",

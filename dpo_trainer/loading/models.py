@@ -15,18 +15,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from ..registry import did_you_mean
 from .adapters import compute_as_in_training, prepare_base
 from .names import fetch, listing, local_folder, where
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 TO_SAFETENSORS = (
     'python -c "from transformers import AutoModelForCausalLM as M; '
@@ -46,7 +54,7 @@ def load_model(
     trust_remote_code: bool = False,
     quantization_config: Any = None,
 ) -> PreTrainedModel | PeftModel:
-    """A causal language model by hub id or local folder; a PEFT adapter comes with its base and stays trainable."""
+    """A causal language model, which may see images too, by hub id or local folder; a PEFT adapter comes with its base and stays trainable."""
     kwargs = _checked_init_kwargs(model_init_kwargs)
     own = {"trust_remote_code": trust_remote_code, "quantization_config": quantization_config}
     revision = kwargs.get("revision")
@@ -77,8 +85,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or local folder; an adapter saved without one takes that of its base."""
     folder = local_folder(name_or_path)
-    if folder and not list(folder.glob("token*")) and (folder / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if folder and not list(folder.glob("token*")):
+        base = _base_of_adapter(folder)
         if base:
             logger.info("The adapter %s has no tokenizer: taking that of its base model, %s.", folder, base)
             return load_tokenizer(base, trust_remote_code=trust_remote_code)
@@ -93,6 +101,29 @@ def load_tokenizer(
         )
     except OSError as error:
         raise ValueError(f"The tokenizer of {name_or_path!r} did not load: {error}") from error
+
+
+def load_processing_class(
+    name_or_path: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """What makes inputs for a model: the processor of one that sees, the tokenizer of any other."""
+    how = {"trust_remote_code": trust_remote_code, "revision": revision}
+    folder = local_folder(name_or_path)
+    if not any(fetch(name_or_path, file, revision) for file in PROCESSOR_FILES):
+        base = _base_of_adapter(folder)
+        if base and not list(folder.glob("token*")):  # type: ignore[union-attr]
+            return load_processing_class(base, trust_remote_code=trust_remote_code)
+        return load_tokenizer(name_or_path, **how)  # type: ignore[arg-type]
+    try:
+        return AutoProcessor.from_pretrained(where(name_or_path), **(how | {"revision": revision or "main"}))
+    except (OSError, ImportError) as error:
+        raise ValueError(f"The processor of {name_or_path!r} did not load: {str(error).strip()}") from error
+
+
+def _base_of_adapter(folder: Path | None) -> str | None:
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        return None
+    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
 def _checked_init_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
@@ -124,7 +155,7 @@ def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
     if folder:
         _check_model_folder(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where(name_or_path), use_safetensors=True, **kwargs)
+        model = _auto_class(name_or_path, kwargs).from_pretrained(where(name_or_path), use_safetensors=True, **kwargs)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The model {name_or_path!r} did not load (only safetensors are read): {error}") from error
     except TypeError as error:
@@ -135,6 +166,14 @@ def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
         raise ValueError(f"{name_or_path!r} is not a causal language model. {str(error).splitlines()[0]}") from error
     compute_as_in_training(model)
     return model
+
+
+def _auto_class(name_or_path: str, kwargs: dict[str, Any]) -> Any:
+    """Of models that read images and text, or text alone: what the config says."""
+    how = {name: kwargs[name] for name in ("trust_remote_code", "revision") if kwargs.get(name) is not None}
+    config = AutoConfig.from_pretrained(where(name_or_path), **how)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _check_model_folder(folder: Path) -> None:

@@ -13,9 +13,12 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..batch import Text
+from ..data.columns import IMAGES, REFUSED
 from ..data.encode import eos_token_id, tokenizer_fingerprint
 from ..data.errors import bad
-from ..data.messages import read_messages
+from ..data.image_source import images_of
+from ..data.image_text import is_processor
+from ..data.messages import image_count, read_messages
 from ..data.tokenize import tokenize_prompts
 from ..run_data import Rows, refuse_different_tables, refuse_split_streams
 from .config import OnlineDPOConfig
@@ -23,6 +26,7 @@ from .config import OnlineDPOConfig
 logger = logging.get_logger(__name__)
 
 OURS = ("example_id", "prompt_ids", "length")
+NO_IMAGES = "Online DPO reads text alone: leave the row out, or train on pairs with DPOTrainer"
 VERSION = 1
 """Of the prepared columns: part of the cache key of `datasets`."""
 
@@ -50,6 +54,9 @@ class PromptMapper:
             )
         where = [f"Row {index} of the {self.name} data" for index in indices]
         prompts = [read_prompt(value, at) for value, at in zip(batch["prompt"], where, strict=True)]
+        for number, at in enumerate(where):
+            if images_of({name: batch[name][number] for name in (*IMAGES, *REFUSED) if name in batch}, at):
+                raise bad(at, "images", "holds images", NO_IMAGES)
         allow = self.allow_special_tokens_in_text
         ids = tokenize_prompts(prompts, self.tokenizer, where, allow_special_tokens_in_text=allow)
         lengths = list(map(len, ids))
@@ -80,6 +87,8 @@ def read_prompt(value: Any, where: str) -> Text:
     if not isinstance(value, list | tuple | Mapping):
         raise bad(where, "prompt", f"is {value!r:.40}", "Give a string or a list of messages")
     messages = read_messages(value, where, "prompt")
+    if any(map(image_count, messages)):
+        raise bad(where, "prompt", "has an image", NO_IMAGES)
     if messages[-1]["role"] == "assistant":
         raise bad(where, "prompt", "ends with an answer", "End it with a turn that asks for one")
     return messages
@@ -92,6 +101,11 @@ class PromptData:
     """
 
     def __init__(self, args: OnlineDPOConfig, tokenizer: Any, window: int | None, *, vocabulary_size: int | None):
+        if is_processor(tokenizer):
+            raise ValueError(
+                f"processing_class is a {type(tokenizer).__name__}, and online DPO reads text alone: pass its tokenizer "
+                "(processor.tokenizer), or train on pairs with DPOTrainer."
+            )
         self.args, self.tokenizer, self.vocabulary_size = args, tokenizer, vocabulary_size
         self.longest = 0  # tokens of a prompt
         limits = [args.max_prompt_length, None if window is None else window - args.max_new_tokens]

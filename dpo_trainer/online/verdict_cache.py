@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from ..reference.cache import cache_folder
+from ..cache_folders import cache_folder
 from ..reference.cache.database import Shaken, Unusable, connect, transaction
 from ..reference.cache.files import create, identity_of, move_aside, only_mover
 
@@ -43,7 +43,7 @@ class Verdict(NamedTuple):
 
 def verdict_folder(given: str | None) -> Path:
     """Where verdicts are kept: `given`, else $DPO_TRAINER_CACHE/judges, else $HF_HOME/dpo_trainer/judges."""
-    return Path(given).expanduser() if given else cache_folder(None).parent / "judges"
+    return cache_folder(given, "judges")
 
 
 def verdict_key(*parts: str | float | None) -> bytes:

@@ -7,22 +7,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ... import cache_folders
 from .database import ReadOnly, connect, transaction
 
 SUFFIX = ".sqlite"
 
 
 def cache_folder(given: str | None) -> Path:
-    """Where the caches are: `given`, else $DPO_TRAINER_CACHE/reference, else $HF_HOME/dpo_trainer/reference.
-
-    HF_HOME is ~/.cache/huggingface unless set. The folder is not created.
-    """
-    if given:
-        return Path(given).expanduser()
-    if own := os.environ.get("DPO_TRAINER_CACHE"):
-        return Path(own).expanduser() / "reference"
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(home).expanduser() / "dpo_trainer" / "reference"
+    """Where the caches are, see `cache_folders.py`."""
+    return cache_folders.cache_folder(given, "reference")
 
 
 def create(path: Path) -> None:

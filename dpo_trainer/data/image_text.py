@@ -1,0 +1,283 @@
+"""How images stand in text: their places in a prompt, and what a processor writes there.
+
+A prompt marks each image by the processor's placeholder (`<image>`, `<|image_pad|>`, ...), which its chat template writes for a
+part {"type": "image"}. The processor puts tokens in its place, and how many depends on the size of the image alone: so the
+token ids of a row are known before any image is processed, which its header is enough for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import transformers
+from PIL import Image
+
+from ..batch import Message, Pair
+from .encode import text_tokenizer
+from .errors import bad, clean
+from .image_source import ImageAccess
+from .messages import image_count, words_of
+from .truncate import PairIds
+
+TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+REPLACED = "text_replacement_offsets"
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def is_processor(processing_class: Any) -> bool:
+    """Whether it makes inputs of images too, rather than of text alone."""
+    return hasattr(processing_class, "image_processor") and hasattr(processing_class, "tokenizer")
+
+
+def has_image_parts(pair: Pair) -> bool:
+    return not isinstance(pair.prompt, str) and any(map(image_count, pair.prompt))
+
+
+def processed(processor: Any, image: Image.Image) -> tuple[str, dict[str, Any]]:
+    """What a processor makes of one image: what stands for it in the text, and what the model takes, as tensors."""
+    options = {REPLACED.replace("text_", "return_text_"): True, "return_tensors": "pt", "add_special_tokens": False}
+    out = processor(images=[[image]], text=[processor.image_token], **options)
+    ((replaced,),) = out.pop(REPLACED)
+    return replaced["replacement"], {name: value for name, value in out.items() if name not in TEXT_OUTPUTS}
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """The text side of a processor. Picklable, for `num_proc`.
+
+    Args:
+        processor: a `transformers` processor with an image processor and a tokenizer.
+        access: where images may be read from; here their sizes are.
+    """
+
+    processor: Any
+    access: ImageAccess
+
+    def __post_init__(self):
+        if not hasattr(self.processor, "replace_image_token") or getattr(self.processor, "image_token", None) is None:
+            raise ValueError(
+                f"{type(self.processor).__name__} does not say how it writes images into text (image_token, "
+                "replace_image_token): update transformers, or use a model whose processor does."
+            )
+
+    @property
+    def placeholder(self) -> str:
+        return self.processor.image_token
+
+    @cached_property
+    def image_ids(self) -> frozenset[int]:
+        """The token whose embeddings are an image's features: of the processor's `image_token_ids`, which may be those of
+        rows and line breaks too, the one that stands most often for an image."""
+        own = [number for number in self._ids_of_size((64, 64)) if number in self.processor.image_token_ids]
+        ((most, _),) = Counter(own).most_common(1)
+        return frozenset([most])
+
+    @cached_property
+    def _kept_ids(self) -> frozenset[int]:
+        """Of special tokens that stand around images, and are nothing without them: those of rows, columns, begin and end."""
+        tokenizer = self.processor.tokenizer
+        own = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset((special | set(tokenizer.all_special_ids)) - own) | self.image_ids
+
+    @cached_property
+    def beside_words(self) -> re.Pattern[str]:
+        """Matches the placeholder and the tokens that frame it, which a prompt of plain text writes itself."""
+        named = getattr(self.processor.tokenizer, "special_tokens_map", {})
+        about = ("image", "vision", "boi", "eoi")
+        frames = {
+            str(token) for name, token in named.items() if isinstance(token, str) and any(a in name for a in about)
+        }
+        frames |= {
+            token
+            for token in map(str, self.processor.tokenizer.all_special_tokens)
+            if re.search("vision|image", token)
+        }
+        return re.compile("|".join(map(re.escape, sorted({self.placeholder, *frames}, key=len, reverse=True))))
+
+    # --- images find their places ---
+
+    def placed(self, pair: Pair, where: str) -> Pair:
+        """A prompt with a place for each image of the row.
+
+        Messages without any image part get them: at the placeholders in their text where there are as many, and in front
+        of the first turn of the user where there are none.
+
+        Raises:
+            ValueError: where places and images differ in number.
+        """
+        if isinstance(pair.prompt, str):
+            self._check_count(pair.prompt.count(self.placeholder), len(pair.images), where, f"{self.placeholder!r}")
+            return pair
+        parts = sum(map(image_count, pair.prompt))
+        if parts == 0 and pair.images:
+            pair = replace(pair, prompt=self._with_parts(pair.prompt, len(pair.images), where))
+        else:
+            self._check_count(parts, len(pair.images), where, '{"type": "image"}')
+        return pair
+
+    def _with_parts(self, prompt: list[Message], images: int, where: str) -> list[Message]:
+        written = sum(words_of(message).count(self.placeholder) for message in prompt)
+        if written:
+            self._check_count(written, images, where, f"{self.placeholder!r}")
+            return [
+                {**message, "content": self._split(message["content"])}
+                if self.placeholder in message.get("content", "")
+                else message
+                for message in prompt
+            ]
+        first = next((number for number, message in enumerate(prompt) if message["role"] == "user"), None)
+        if first is None:
+            raise bad(where, "prompt", "has no turn of the user to put the images in", 'Give parts {"type": "image"}')
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt[first].get("content", "")}]
+        return [*prompt[:first], {**prompt[first], "content": content}, *prompt[first + 1 :]]
+
+    def _split(self, text: str) -> list[dict[str, str]]:
+        parts: list[dict[str, str]] = []
+        for number, words in enumerate(text.split(self.placeholder)):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": words}] if words else []
+        return parts
+
+    def _check_count(self, places: int, images: int, where: str, what: str) -> None:
+        if places != images:
+            remedy = (
+                f"Give one {what} in the prompt for each image" if images else "Give the images in a column 'images'"
+            )
+            raise bad(
+                where, "images", f"holds {images} images, and the prompt has {places} places for them ({what})", remedy
+            )
+
+    # --- chat templates ---
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template reads contents as lists of parts: those of vision-language models do, or read both."""
+        word = "wordtofind"
+        try:
+            text = self.tokenizer.apply_chat_template(
+                self._in_parts([{"role": "user", "content": word}]), tokenize=False
+            )
+        except Exception:  # a template may raise anything
+            return False
+        return word in text and "'type'" not in text
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return text_tokenizer(self.processor)
+
+    def for_template(self, messages: list[Message]) -> list[Message]:
+        return self._in_parts(messages) if self._takes_parts else messages
+
+    def _in_parts(self, messages: Iterable[Message]) -> list[Message]:
+        def parts(content: Any) -> Any:
+            return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+        return [
+            {**message, "content": parts(message["content"])} if message.get("content") else message
+            for message in messages
+        ]
+
+    # --- what stands there ---
+
+    def sizes(self, images: Sequence[Any], where: str) -> list[Size]:
+        return [self.access.size(image, f"{where}, image {number}") for number, image in enumerate(images)]
+
+    def write(self, prompt: str, sizes: Sequence[Size], where: str) -> str:
+        """A prompt as the processor has it: the placeholders replaced, and what it adds of its own."""
+        if not sizes:
+            return prompt
+        blank = [Image.new("RGB", (8, 8))] * len(sizes)
+        _, (prompt,), *_ = self.processor.prepare_inputs_layout(images=[blank], text=[prompt])
+        pieces = prompt.split(self.placeholder)
+        self._check_count(len(pieces) - 1, len(sizes), where, f"{self.placeholder!r}")
+        standing = [self._of_size(size) for size in sizes]
+        return "".join(piece + image for piece, image in zip(pieces, [*standing, ""], strict=True))
+
+    def write_ids(self, ids: list[int], sizes: Sequence[Size], where: str) -> list[int]:
+        """The same of token ids, for a prompt whose words must not be read again (`Rendered.control_text`)."""
+        place = self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        self._check_count(ids.count(place), len(sizes), where, f"{self.placeholder!r}")
+        standing = iter(sizes)
+        out: list[int] = []
+        for number in ids:
+            out += self._ids_of_size(next(standing)) if number == place else [number]
+        return out
+
+    def _ids_of_size(self, size: Size) -> list[int]:
+        return self.tokenizer.encode(self._of_size(size), add_special_tokens=False)
+
+    def _of_size(self, size: Size) -> str:
+        return _of_size(self, size)
+
+    # --- token ids ---
+
+    def guarded(self, ids: PairIds, where: str) -> PairIds:
+        """With the stretches of the prompt that must not be cut: the tokens of each image and those that frame them."""
+        if not self.image_ids.isdisjoint(number for completion in ids.completions for number in completion):
+            problem = f"holds {self.placeholder!r}, which stands for an image"
+            raise bad(where, "chosen or rejected", problem, "Take it out, or move it to the prompt with its image")
+        spans: list[tuple[int, int]] = []
+        for place, number in enumerate(ids.prompt):
+            if number in self.image_ids and (not spans or place >= spans[-1][1]):
+                spans.append(self._around(ids.prompt, place))
+        return ids._replace(images=tuple(spans)) if spans else ids
+
+    def _around(self, prompt: list[int], place: int) -> tuple[int, int]:
+        """The stretch of special tokens that `place` is in, with line breaks between its rows (two tokens at most)."""
+        start, end = place, place + 1
+        while start and prompt[start - 1] in self._kept_ids:
+            start -= 1
+        while (
+            gap := next((g for g in range(3) if end + g < len(prompt) and prompt[end + g] in self._kept_ids), None)
+        ) is not None:
+            end += gap + 1
+        return start, end
+
+    def check_features(self, ids: PairIds, sizes: Sequence[Size], where: str) -> None:
+        """As many image tokens as the images of the row have: of token ids that came from elsewhere."""
+        have = sum(number in self.image_ids for number in ids.prompt)
+        need = sum(number in self.image_ids for size in sizes for number in self._ids_of_size(size))
+        if have != need:
+            problem = f"has {have} image tokens in its prompt, and its {len(sizes)} images come to {need}"
+            raise bad(where, "prompt_ids", problem, "Prepare the row with this processor, from its text")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides what an image becomes."""
+        own = self.processor.image_processor.to_json_string()
+        plain = {k: v for k, v in vars(self.processor).items() if isinstance(v, str | int | float | bool | None)}
+        parts = [type(self.processor).__qualname__, own, json.dumps(plain, sort_keys=True), transformers.__version__]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"processor": self.processor, "access": self.access}  # what is cached is made anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@lru_cache(maxsize=16_384)
+def _of_size(images: ImageText, size: Size) -> str:
+    """What stands in the text for an image: asked of the processor with a black one."""
+    try:
+        return processed(images.processor, Image.new("RGB", size))[0]
+    except Exception as error:  # whatever a processor thinks of a size
+        raise ValueError(
+            f"The image processor refuses an image of {size[0]} x {size[1]} pixels: {clean(error)}. Leave the row out."
+        ) from error
