@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,41 @@ def run(job: dict[str, Any], options: argparse.Namespace, *, memory_gb: float | 
         if code:
             raise RuntimeError(f"{trainer} failed with exit code {code}:\n{log.read_text()[-3000:]}")
         return json.loads(result.read_text()) | {"load": round(os.getloadavg()[0], 1)}
+
+
+def environment_of(side: str, options: argparse.Namespace) -> dict[str, str]:
+    """Of a process of `side`: ours takes the trainer from this tree, whatever is installed."""
+    own = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **own, "PYTHONPATH": str(ROOT) if side == "ours" else ""}
+
+
+def python_of(side: str, options: argparse.Namespace) -> str:
+    return sys.executable if side == "ours" else options.trl_python
+
+
+def measured_apart(
+    script: str, side: str, job: dict[str, Any], options: argparse.Namespace, **environment: str
+) -> dict[str, Any]:
+    """What `script` measures of `job` in a process of its own: see `measured_here`. `environment`: variables for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder, "job.json"), Path(folder, "result.json")
+        given.write_text(json.dumps(job))
+        command = [python_of(side, options), script, "--measure", str(given), str(result)]
+        subprocess.run(command, check=True, env=environment_of(side, options) | environment)
+        return json.loads(result.read_text())
+
+
+def add_measure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--measure", nargs=2, type=Path, metavar=("JOB", "RESULT"), help="used by the command itself")
+
+
+def measured_here(options: argparse.Namespace, measure: Callable[[dict[str, Any]], dict[str, Any]]) -> bool:
+    """Whether this process is the one that `measured_apart` started; if so, it has measured."""
+    if not options.measure:
+        return False
+    given, result = options.measure
+    result.write_text(json.dumps(measure(json.loads(given.read_text()))))
+    return True
 
 
 def largest_difference(runs: list[dict[str, Any]], steps: int | None = None) -> float:

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from datetime import date
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -46,12 +43,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, of the speed")
-    parser.add_argument("--measure", nargs=2, type=Path, metavar=("JOB", "RESULT"), help="used by the command itself")
+    jobs.add_measure(parser)
     jobs.add_arguments(parser)
     options = parser.parse_args()
-    if options.measure:
-        job, result = options.measure
-        result.write_text(json.dumps(measure(json.loads(job.read_text()))))
+    if jobs.measured_here(options, measure):
         return 0
     runs = [run for part in options.part for run in runs_of(part, options)]
     record = {"date": date.today().isoformat(), "machine": jobs.machine(), "runs": runs}
@@ -72,7 +67,8 @@ def runs_of(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             plain = {name: value for name, value in settings.items() if name != "seeds"}
             job = {**given, **plain, "part": part, "side": side, "seed": seed, "threads": options.threads}
             job |= {"batch": 8, "steps": settings["steps"] + 1}
-            figures = {"part": part, "side": side, "seed": seed, **run(side, job, options)}
+            figures = {"part": part, "side": side, "seed": seed}
+            figures |= jobs.measured_apart(__file__, side, job, options, TRL_EXPERIMENTAL_SILENCE="1")
             print({name: value for name, value in figures.items() if name != "rewards"}, flush=True)
             runs.append(figures)
     return runs
@@ -91,17 +87,6 @@ def demo(steps: int) -> dict[str, Any]:
     folder = str(demo_model_and_tokenizer())
     prompt = f"{world.USER}{world.question(world.TARGET_NAME)}{world.END}{world.ASSISTANT}"
     return {"prompts": [prompt] * (8 * steps), "model": folder, "tokenizer": folder}
-
-
-def run(side: str, job: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    environment |= {"TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONPATH": str(jobs.ROOT) if side == "ours" else ""}
-    python = sys.executable if side == "ours" else options.trl_python
-    with tempfile.TemporaryDirectory() as folder:
-        given, result = Path(folder, "job.json"), Path(folder, "result.json")
-        given.write_text(json.dumps(job))
-        subprocess.run([python, __file__, "--measure", str(given), str(result)], check=True, env=environment)
-        return json.loads(result.read_text())
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

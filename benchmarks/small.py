@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -44,12 +43,10 @@ ROWS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--measure", nargs=2, type=Path, metavar=("JOB", "RESULT"), help="used by the command itself")
+    jobs.add_measure(parser)
     jobs.add_arguments(parser)
     options = parser.parse_args()
-    if options.measure:
-        job, result = options.measure
-        result.write_text(json.dumps(measure(json.loads(job.read_text()))))
+    if jobs.measured_here(options, measure):
         return 0
     case = Case("small", "hh", {}, steps=0, evaluate_every=1)
     prepared = jobs.prepare(case, options)
@@ -69,18 +66,12 @@ def main() -> int:
 
 def run(side: str, job: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
     """All figures of one side, the shorter ones in processes of their own."""
-    python = sys.executable if side == "ours" else options.trl_python
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(jobs.ROOT) if side == "ours" else ""
+    python, environment = jobs.python_of(side, options), jobs.environment_of(side, options)
     figures = {"import_s": seconds([python, "-c", IMPORTS[side]], environment)}
     if side == "ours":
         figures["help_s"] = seconds([python, str(jobs.ROOT / "scripts" / "dpo.py"), "--help"], environment)
     figures["tokenized_per_cpu_s"] = tokenized(side, options)
-    with tempfile.TemporaryDirectory() as folder:
-        given, result = Path(folder, "job.json"), Path(folder, "result.json")
-        given.write_text(json.dumps(job | {"began": time.time()}))
-        subprocess.run([python, __file__, "--measure", str(given), str(result)], check=True, env=environment)
-        figures |= json.loads(result.read_text())
+    figures |= jobs.measured_apart(__file__, side, job | {"began": time.time()}, options)
     print(side, *(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
     return figures
 

@@ -263,6 +263,11 @@ class PairBatch:
                 f"The data collator's batch lacks {sorted(missing)}. Use DataCollatorForPreference, or return "
                 "input_ids, attention_mask and completion_mask of shape [2N, L], chosen rows first."
             )
+        if pixels := sorted(name for name in inputs if name.startswith(("pixel_", "image_"))):
+            raise ValueError(
+                f"The data collator's batch has {', '.join(pixels)}, which would not reach the model: images are collated by "
+                "DataCollatorForPreference, or a subclass of it."
+            )
         input_ids, mask = inputs["input_ids"], inputs["completion_mask"].bool()
         rows, length = input_ids.shape
         if rows % 2:

@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .data.image_inputs import ModelSight
@@ -73,10 +74,40 @@ def settle_vision_tower(model: nn.Module, *, freeze: bool | None) -> None:
         freeze = isinstance(model, PeftModel)
     if freeze:
         tower.requires_grad_(False)
+    for idle in _behind_features(base_model(model).config, tower):
+        idle.requires_grad_(False)
     trained = sum(p.numel() for p in tower.parameters() if p.requires_grad)
+    if trained and isinstance(model, PeftModel):
+        tower.register_forward_pre_hook(_asking_for_gradients, with_kwargs=True)
     logger.warning(
         f"The vision tower ({type(tower).__name__}) {f'trains {trained:,} weights' if trained else 'is frozen'}."
     )
+
+
+def _behind_features(config: PretrainedConfig, tower: nn.Module) -> list[nn.Parameter]:
+    """Weights of a tower whose last layer is not the one that gives the features (LLaVA's is the last but one): no loss depends
+    on them, and several ranks would wait for their gradients."""
+    of = getattr(config, "vision_feature_layer", None)
+    layers = next((part for part in tower.modules() if isinstance(part, nn.ModuleList)), None)
+    if of is None or layers is None:
+        return []
+    used = max(n if n >= 0 else len(layers) + 1 + n for n in ([of] if isinstance(of, int) else of))
+    if not 0 < used < len(layers):
+        return []
+    weights = list(tower.parameters())  # in the order that they work in
+    last = max(number for number, p in enumerate(weights) if any(p is own for own in layers[used - 1].parameters()))
+    return weights[last + 1 :]
+
+
+def _asking_for_gradients(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pixels that do: reentrant checkpoints cut adapters off where nothing that enters a layer asks for a gradient.
+    transformers sees to that at embeddings, and Qwen3-VL's vision tower does not say which are its own."""
+
+    def asking(value: Any) -> Any:
+        is_pixels = isinstance(value, Tensor) and value.is_floating_point() and torch.is_grad_enabled()
+        return value.detach().requires_grad_() if is_pixels else value
+
+    return tuple(map(asking, args)), {name: asking(value) for name, value in kwargs.items()}
 
 
 def on_language_alone(settings: PeftConfig, model: nn.Module) -> PeftConfig:

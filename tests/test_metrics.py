@@ -7,9 +7,6 @@ import itertools
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +19,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from two_processes import torchrun
 
 from dpo_trainer import register_loss
 from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
@@ -410,8 +408,6 @@ def test_fillers_of_a_collator_that_says_nothing_of_rows():
 
 
 TWO_RANKS = """
-import sys
-sys.path.insert(0, {tests!r})
 from test_metrics import lines_and_predictions
 lines_and_predictions({folder!r}, ranks=2)
 """
@@ -449,11 +445,8 @@ def lines_and_predictions(folder: str, ranks: int) -> None:
 def test_two_processes_count_every_pair_of_ranked_rows_once(tmp_path):
     """Rank 0 has 1 + 3 pairs where rank 1 has 6 + 1; of the last batch, one row is a filler, with 3 pairs or with 1."""
     script = tmp_path / "script.py"
-    script.write_text(TWO_RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([*launch, str(script)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    script.write_text(TWO_RANKS.format(folder=str(tmp_path)))
+    torchrun(script)
     lines_and_predictions(str(tmp_path), ranks=1)
     got, want = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (2, 1))
     assert (got["ranks"], want["ranks"]) == (2, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -124,7 +124,10 @@ def fill_adapters(model: nn.Module, seed: int = 1, scale: float = 0.05, adapter:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=numbers))
 
 
-def config(folder: Path | str, **options: Any) -> DPOConfig:
+Config = TypeVar("Config", bound=DPOConfig)
+
+
+def config(folder: Path | str, *, kind: type[Config] = DPOConfig, **options: Any) -> Config:
     """4 steps of plain gradient descent on batches of 4, float32: what differs between two runs stays as small as it is.
 
     (Adam divides by the size of a gradient, and so blows rounding errors up where a gradient is nearly zero.)
@@ -145,7 +148,7 @@ def config(folder: Path | str, **options: Any) -> DPOConfig:
         "report_to": [],
         "disable_tqdm": True,
     }
-    return DPOConfig(**{**defaults, **options})
+    return kind(**{**defaults, **options})
 
 
 def trainer(

@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import xxhash
 from datasets import Dataset, IterableDataset
 
 from ..batch import Stretch, TokenizedPair
+from .image_source import encoded
 from .truncate import PairIds
 
 
-def content_id(pair: PairIds) -> int:
-    """63 bits of a hash over the id lists."""
+def content_id(pair: PairIds, images: Iterable[Any] = ()) -> int:
+    """63 bits of a hash over the id lists, and over the images as they are stored."""
     digest = hashlib.blake2b(digest_size=8)
     for ids in (pair.prompt, *pair.completions):
         digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
+    for stored in map(encoded, images):
+        digest.update(stored["bytes"] or str(stored["path"]).encode())
     return int.from_bytes(digest.digest(), "little") >> 1
 
 

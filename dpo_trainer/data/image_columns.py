@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from datasets import Audio, Dataset, Image, IterableDataset, List, Video
+import numpy as np
+from datasets import Audio, Dataset, Image, IterableDataset, List, Value, Video, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from .columns import IMAGES, REFUSED
@@ -41,6 +43,40 @@ def _declared(dataset: Any, column: str, feature: Any) -> Any:
     return Dataset(
         dataset.data, info=info, split=dataset.split, indices_table=dataset._indices, fingerprint=fingerprint
     )
+
+
+def beside(rows: Dataset, images: Dataset) -> Dataset:
+    """The columns of both. Images are not copied, for they may be larger than all the rest by far: of rows that were selected
+    from a table, the others come along unseen. (Where those are more than half, the selected ones are copied.)
+    """
+    chosen = None if images._indices is None else images._indices.column(0).to_numpy()
+    if chosen is None or 2 * len(chosen) < len(images.data) or len(np.unique(chosen)) < len(chosen):
+        return concatenate_datasets([rows, images], axis=1)
+    place = np.zeros(len(images.data), dtype=np.int64)  # what stands beside an unseen image is unseen, too
+    place[chosen] = np.arange(len(chosen))
+    fingerprint = Hasher.hash([images._fingerprint, "whole"])
+    whole = Dataset(images.data, info=images.info.copy(), split=images.split, fingerprint=fingerprint)
+    return concatenate_datasets([rows.select(place).flatten_indices(), whole], axis=1).select(chosen)
+
+
+def alike(parts: Sequence[Dataset]) -> list[Dataset]:
+    """The same rows, fit for one table: where parts hold images in other forms, as paths or one by one, `datasets.Image`."""
+    out = [part.remove_columns([c for c in image_columns(part) if _holds_none(part.features[c])]) for part in parts]
+    for column in reversed(IMAGES):
+        if len({str(part.features[column]) for part in out if column in part.column_names}) > 1:
+            out = [_as_images(part, column) if column in part.column_names else part for part in out]
+    return out
+
+
+def _holds_none(feature: Any) -> bool:
+    kind = _inner(feature)
+    return isinstance(kind, Value) and kind.dtype == "null"
+
+
+def _as_images(part: Dataset, column: str) -> Dataset:
+    several, plain = isinstance(part.features[column], list | List), Image(decode=False)
+    part = part.cast_column(column, List(plain) if several else plain)
+    return part if several or "image" in part.column_names else part.rename_column(column, "image")
 
 
 def image_columns(dataset: Dataset) -> list[str]:

@@ -120,10 +120,17 @@ class ImageInputs:
         two = processor(
             images=[[image] * 2], text=[processor.image_token * 2], return_tensors="pt", add_special_tokens=False
         )
-        return {
-            name: next(d for d, (a, b) in enumerate(zip(x.shape, two[name].shape, strict=True)) if b == 2 * a)
-            for name, x in one.items()
-        }
+        axes = {}
+        for name, x in one.items():
+            doubled = [d for d, (a, b) in enumerate(zip(x.shape, two[name].shape, strict=True)) if b == 2 * a]
+            if not doubled:
+                raise ValueError(
+                    f"{type(processor).__name__} makes {name} of shape {tuple(x.shape)} for one image and "
+                    f"{tuple(two[name].shape)} for two, which cannot be put together image by image: models with this processor "
+                    "cannot be trained on images here."
+                )
+            axes[name] = doubled[0]
+        return axes
 
     def joined(self, rows: Sequence[Sequence[ImageTensors]]) -> ImageBatch | None:
         """The images of all rows; None where they have none. Smaller ones are filled up with zeros, as processors do."""

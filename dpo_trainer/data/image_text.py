@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import transformers
@@ -28,6 +29,8 @@ from .truncate import PairIds
 
 TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 REPLACED = "text_replacement_offsets"
+USUAL = "<image>"
+"""Marks an image in the messages of most datasets, whatever the placeholder of a processor is."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -38,13 +41,24 @@ def is_processor(processing_class: Any) -> bool:
     return hasattr(processing_class, "image_processor") and hasattr(processing_class, "tokenizer")
 
 
-def has_image_parts(pair: Pair) -> bool:
-    return not isinstance(pair.prompt, str) and any(map(image_count, pair.prompt))
+def check_none_is_shown(shown: bool, where: str) -> None:
+    """ValueError for a row with images where no processor is there to make anything of them."""
+    if shown:
+        remedy = (
+            "Train a vision-language model with its processor (processing_class), or take the images out: "
+            "dataset.remove_columns"
+        )
+        raise bad(where, "images", "holds images, and the model reads text alone", remedy)
+
+
+def has_images(pair: Pair) -> bool:
+    """In a column of its row, or as parts of its messages."""
+    return bool(pair.images) or (not isinstance(pair.prompt, str) and any(map(image_count, pair.prompt)))
 
 
 def processed(processor: Any, image: Image.Image) -> tuple[str, dict[str, Any]]:
     """What a processor makes of one image: what stands for it in the text, and what the model takes, as tensors."""
-    options = {REPLACED.replace("text_", "return_text_"): True, "return_tensors": "pt", "add_special_tokens": False}
+    options = {"return_text_replacement_offsets": True, "return_tensors": "pt", "add_special_tokens": False}
     out = processor(images=[[image]], text=[processor.image_token], **options)
     ((replaced,),) = out.pop(REPLACED)
     return replaced["replacement"], {name: value for name, value in out.items() if name not in TEXT_OUTPUTS}
@@ -92,16 +106,14 @@ class ImageText:
     @cached_property
     def beside_words(self) -> re.Pattern[str]:
         """Matches the placeholder and the tokens that frame it, which a prompt of plain text writes itself."""
-        named = getattr(self.processor.tokenizer, "special_tokens_map", {})
+        tokenizer = self.processor.tokenizer
+        named = getattr(tokenizer, "special_tokens_map", {})
         about = ("image", "vision", "boi", "eoi")
         frames = {
             str(token) for name, token in named.items() if isinstance(token, str) and any(a in name for a in about)
         }
-        frames |= {
-            token
-            for token in map(str, self.processor.tokenizer.all_special_tokens)
-            if re.search("vision|image", token)
-        }
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        frames |= {token for token in special.union(tokenizer.all_special_tokens) if re.search("vision|image", token)}
         return re.compile("|".join(map(re.escape, sorted({self.placeholder, *frames}, key=len, reverse=True))))
 
     # --- images find their places ---
@@ -109,8 +121,8 @@ class ImageText:
     def placed(self, pair: Pair, where: str) -> Pair:
         """A prompt with a place for each image of the row.
 
-        Messages without any image part get them: at the placeholders in their text where there are as many, and in front
-        of the first turn of the user where there are none.
+        Messages without any image part get them: at the placeholders (else at each `<image>`) in their text where there are
+        as many, and in front of the first turn of the user where there are none.
 
         Raises:
             ValueError: where places and images differ in number.
@@ -126,27 +138,21 @@ class ImageText:
         return pair
 
     def _with_parts(self, prompt: list[Message], images: int, where: str) -> list[Message]:
-        written = sum(words_of(message).count(self.placeholder) for message in prompt)
-        if written:
-            self._check_count(written, images, where, f"{self.placeholder!r}")
-            return [
-                {**message, "content": self._split(message["content"])}
-                if self.placeholder in message.get("content", "")
-                else message
-                for message in prompt
-            ]
+        for mark in (self.placeholder, USUAL):
+            written = sum(words_of(message).count(mark) for message in prompt)
+            if written:
+                self._check_count(written, images, where, f"{mark!r}")
+                return [
+                    {**message, "content": _split(message["content"], mark)}
+                    if mark in message.get("content", "")
+                    else message
+                    for message in prompt
+                ]
         first = next((number for number, message in enumerate(prompt) if message["role"] == "user"), None)
         if first is None:
             raise bad(where, "prompt", "has no turn of the user to put the images in", 'Give parts {"type": "image"}')
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt[first].get("content", "")}]
         return [*prompt[:first], {**prompt[first], "content": content}, *prompt[first + 1 :]]
-
-    def _split(self, text: str) -> list[dict[str, str]]:
-        parts: list[dict[str, str]] = []
-        for number, words in enumerate(text.split(self.placeholder)):
-            parts += [{"type": "image"}] if number else []
-            parts += [{"type": "text", "text": words}] if words else []
-        return parts
 
     def _check_count(self, places: int, images: int, where: str, what: str) -> None:
         if places != images:
@@ -187,6 +193,17 @@ class ImageText:
             for message in messages
         ]
 
+    @cached_property
+    def _own_bos(self) -> str:
+        """The BOS that the tokenizer puts before every text; "" where it puts none."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.bos_token if bos is not None and self.tokenizer.encode("")[:1] == [bos] else ""
+
+    def opened(self, text: Any) -> Any:
+        """What a chat template wrote, with the BOS where it leaves that to the tokenizer, as `processor.apply_chat_template` has it."""
+        bos = self._own_bos if isinstance(text, str) else [self.tokenizer.bos_token_id] if self._own_bos else []
+        return text if text[: len(bos)] == bos else bos + text
+
     # --- what stands there ---
 
     def sizes(self, images: Sequence[Any], where: str) -> list[Size]:
@@ -196,9 +213,7 @@ class ImageText:
         """A prompt as the processor has it: the placeholders replaced, and what it adds of its own."""
         if not sizes:
             return prompt
-        blank = [Image.new("RGB", (8, 8))] * len(sizes)
-        _, (prompt,), *_ = self.processor.prepare_inputs_layout(images=[blank], text=[prompt])
-        pieces = prompt.split(self.placeholder)
+        pieces = self._laid_out(prompt, len(sizes))
         self._check_count(len(pieces) - 1, len(sizes), where, f"{self.placeholder!r}")
         standing = [self._of_size(size) for size in sizes]
         return "".join(piece + image for piece, image in zip(pieces, [*standing, ""], strict=True))
@@ -207,14 +222,33 @@ class ImageText:
         """The same of token ids, for a prompt whose words must not be read again (`Rendered.control_text`)."""
         place = self.tokenizer.convert_tokens_to_ids(self.placeholder)
         self._check_count(ids.count(place), len(sizes), where, f"{self.placeholder!r}")
-        standing = iter(sizes)
+        edges = [-1, *(at for at, number in enumerate(ids) if number == place), len(ids)]
+        words = [ids[start + 1 : end] for start, end in pairwise(edges)]
+        standing = [*map(self._ids_of_size, sizes), []]
         out: list[int] = []
-        for number in ids:
-            out += self._ids_of_size(next(standing)) if number == place else [number]
+        for own, (before, after), image in zip(words, self._added(len(sizes)), standing, strict=True):
+            out += [*before, *own, *after, *image]
         return out
 
+    def _added(self, images: int) -> list[list[list[int]]]:
+        """What the processor writes before and after the words that stand between images, of its own."""
+        word = "wordtofind"
+        pieces = self._laid_out(self.placeholder.join([word] * (images + 1)), images)
+        return [[self._ids_of(side) for side in piece.split(word)] for piece in pieces]
+
+    def _laid_out(self, prompt: str, images: int) -> list[str]:
+        """What stands between the images, with what the processor adds to it."""
+        if not images:
+            return [prompt]
+        blank = [Image.new("RGB", (8, 8))] * images
+        _, (prompt,), *_ = self.processor.prepare_inputs_layout(images=[blank], text=[prompt])
+        return prompt.split(self.placeholder)
+
     def _ids_of_size(self, size: Size) -> list[int]:
-        return self.tokenizer.encode(self._of_size(size), add_special_tokens=False)
+        return self._ids_of(self._of_size(size))
+
+    def _ids_of(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _of_size(self, size: Size) -> str:
         return _of_size(self, size)
@@ -241,6 +275,8 @@ class ImageText:
             gap := next((g for g in range(3) if end + g < len(prompt) and prompt[end + g] in self._kept_ids), None)
         ) is not None:
             end += gap + 1
+        if prompt[end : end + 1] == [self.tokenizer.bos_token_id]:  # of PaliGemma, behind the last image
+            end += 1
         return start, end
 
     def check_features(self, ids: PairIds, sizes: Sequence[Size], where: str) -> None:
@@ -270,6 +306,15 @@ class ImageText:
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def _split(text: str, mark: str) -> list[dict[str, str]]:
+    """Parts of a message: what stands around each mark, and an image in its place."""
+    parts: list[dict[str, str]] = []
+    for number, words in enumerate(text.split(mark)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": words}] if words else []
+    return parts
 
 
 @lru_cache(maxsize=16_384)

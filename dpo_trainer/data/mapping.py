@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +14,8 @@ from datasets import Dataset, Features, List, Value
 from .columns import TOKENIZED, announce_unread, check_columns, is_tokenized
 from .content import content_id
 from .encode import eos_token_id, tokenizer_fingerprint
-from .errors import bad
 from .image_source import encoded, images_of
-from .image_text import ImageText, has_image_parts
+from .image_text import ImageText, check_none_is_shown
 from .report import RowFacts, labelled
 from .schema import pair_from_row, weight_from_row
 from .tokenize import tokenize_pairs
@@ -81,12 +80,13 @@ class PairMapper:
         where = [f"Row {number} of {self.label}" for number in numbers]
         own_ids: list[int | None] = [None] * len(rows)
         if is_tokenized(batch):
-            ids = [self._given_ids(row, at) for row, at in zip(rows, where, strict=True)]
+            ids = [given_ids(row, at, self.images) for row, at in zip(rows, where, strict=True)]
             own_ids = [example_id_from_row(row, at) for row, at in zip(rows, where, strict=True)]
         else:
             ids = self._tokenize(rows, where)
         ids = [self.limits.apply(pair) for pair in ids]
-        default = map(content_id, ids) if self.streaming else [self.first_id + index for index in indices]
+        shown = self._stored_images(rows, where) if self.streaming else [[] for _ in rows]
+        default = map(content_id, ids, shown) if self.streaming else [self.first_id + index for index in indices]
         out: dict[str, list] = {
             "example_id": [given if own is None else own for own, given in zip(own_ids, default, strict=True)],
             "prompt_ids": [pair.prompt for pair in ids],
@@ -100,12 +100,14 @@ class PairMapper:
             "length": [len(pair.prompt) + sum(map(len, pair.completions)) for pair in ids],
             "flags": [int(pair.flags) for pair in ids],
             "left_out": [pair.left_out for pair in ids],
-            "largest_id": [max(max(text, default=0) for text in (pair.prompt, *pair.completions)) for pair in ids],
+            "largest_id": list(map(self._largest_id, ids)),
         }
         if self.streaming and self.images is not None:
-            shown = [images_of(row, at) for row, at in zip(rows, where, strict=True)]
-            out["images"] = [[encoded(image, at) for image in of_row] for of_row, at in zip(shown, where, strict=True)]
+            out["images"] = shown
         return out
+
+    def _stored_images(self, rows: list[dict], where: list[str]) -> list[list[dict[str, Any]]]:
+        return [[encoded(image, at) for image in images_of(row, at)] for row, at in zip(rows, where, strict=True)]
 
     def _tokenize(self, rows: list[dict], where: list[str]) -> list[PairIds]:
         if self.tokenizer is None:
@@ -114,27 +116,15 @@ class PairMapper:
             )
         eos_token_id(self.tokenizer)  # refuses a tokenizer that has none
         pairs = [pair_from_row(row, at) for row, at in zip(rows, where, strict=True)]
-        for pair, at in zip(pairs, where, strict=True):
-            self._check_can_see(bool(pair.images) or has_image_parts(pair), at)
         allow = self.allow_special_tokens_in_text
         return tokenize_pairs(pairs, self.tokenizer, where, allow_special_tokens_in_text=allow, images=self.images)
 
-    def _given_ids(self, row: dict, where: str) -> PairIds:
-        """Of a row that is tokens already, perhaps with the images of its prompt beside."""
-        ids, images = ids_from_row(row, where), images_of(row, where)
-        self._check_can_see(bool(images), where)
-        if self.images is None:
-            return ids
-        self.images.check_features(ids, self.images.sizes(images, where), where)
-        return self.images.guarded(ids, where)
-
-    def _check_can_see(self, images: bool, where: str) -> None:
-        if images and self.images is None:
-            remedy = (
-                "Train a vision-language model with its processor (processing_class), or take the images out: "
-                "dataset.remove_columns"
-            )
-            raise bad(where, "images", "holds images, and the model reads text alone", remedy)
+    def _largest_id(self, ids: PairIds) -> int:
+        """That the model needs an embedding for: those of images it makes itself."""
+        prompt = ids.prompt
+        if ids.images and self.images is not None:
+            prompt = [number for number in prompt if number not in self.images.image_ids]
+        return max(max(text, default=0) for text in (prompt, *ids.completions))
 
     def fingerprint(self, dataset: Dataset) -> str:
         """The cache key of the mapped dataset. Left alone, `datasets` would hash the tokenizer, which changes in use."""
@@ -146,6 +136,16 @@ class PairMapper:
             options += [self.images.fingerprint, asdict(self.images.access)]
         parts = [VERSION, str(FEATURES | NOTES), dataset._fingerprint, *options, tokenizer]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def given_ids(row: Mapping[str, Any], where: str, images: ImageText | None) -> PairIds:
+    """Of a row that is tokens already, perhaps with the images of its prompt beside."""
+    ids, shown = ids_from_row(row, where), images_of(row, where)
+    if images is None:
+        check_none_is_shown(bool(shown), where)
+        return ids
+    images.check_features(ids, images.sizes(shown, where), where)
+    return images.guarded(ids, where)
 
 
 def _margins(row: PairIds) -> list[float]:

@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from ..batch import Message
@@ -89,7 +90,7 @@ def _message(message: Any, where: str, column: str) -> Message:
         )
     _check_calls(message.get("tool_calls"), where, column)
     if isinstance(content, list):
-        parts = [_part(part, where, column) for part in content]
+        parts = _joined([_part(part, where, column) for part in content])
         message["content"] = parts if any(part["type"] == "image" for part in parts) else words_of({"content": parts})
         if role == "assistant" and not isinstance(message["content"], str):
             remedy = "A model that answers in words cannot learn it: move the image to a turn of the user"
@@ -121,6 +122,15 @@ def _from_sharegpt(message: Message, where: str, column: str) -> Message:
 def _check_calls(calls: Any, where: str, column: str) -> None:
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise bad(where, column, f"has tool_calls {calls!r:.80}", "Give a list of calls, each an object")
+
+
+def _joined(parts: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Neighbouring texts as one: half a control token in each would be a whole one behind the chat template."""
+    out: list[dict[str, str]] = []
+    for kind, same in groupby(parts, key=lambda part: part["type"]):
+        run = list(same)
+        out += run if kind == "image" else [{"type": "text", "text": "".join(part["text"] for part in run)}]
+    return out
 
 
 def _part(part: Any, where: str, column: str) -> dict[str, str]:

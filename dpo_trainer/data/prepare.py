@@ -15,7 +15,8 @@ from datasets import Dataset, Features, IterableDataset
 from .columns import announce_unread, check_columns, read_columns
 from .content import content_id
 from .encode import text_tokenizer
-from .image_columns import image_columns, undecoded
+from .image_columns import alike, beside, image_columns, undecoded
+from .image_source import images_of
 from .image_text import ImageText, is_processor
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
 from .needs import Needs
@@ -101,7 +102,8 @@ def prepare_mixture(
         return prepared[0], reports
     if isinstance(prepared[0], IterableDataset):
         return datasets.interleave_datasets(prepared, stopping_strategy="all_exhausted_without_replacement"), reports
-    return datasets.concatenate_datasets(prepared), reports
+    with _progress_bars(not (options or DataOptions()).disable_tqdm):
+        return datasets.concatenate_datasets(alike(prepared)), reports
 
 
 def _source(dataset: Any) -> str:
@@ -149,7 +151,8 @@ def _prepare_table(
         )
     facts = _facts(mapped)
     if options.deduplicate:
-        facts.flags[_repeated(mapped, facts.flags & USELESS == 0)] |= Flag.DUPLICATE
+        shown = plain.select_columns(image_columns(plain)) if mapper.images is not None else None
+        facts.flags[_repeated(mapped, shown, facts.flags & USELESS == 0)] |= Flag.DUPLICATE
     report = DataReport(name=mapper.name, source=mapper.source)
     numbers = np.arange(len(mapped)) if mapper.row_numbers is None else mapper.row_numbers
     keep = report.add(facts, numbers)
@@ -159,8 +162,8 @@ def _prepare_table(
     needs.check(np.asarray(mapped["largest_id"]), margins, keep, numbers, mapper.label)
     mapped = mapped.remove_columns(list(NOTES))
     if mapper.images is not None and (columns := image_columns(plain)):
-        # Beside each other, and not copied: images may be larger than all the rest by far.
-        mapped = datasets.concatenate_datasets([mapped, plain.select_columns(columns)], axis=1)
+        with _progress_bars(not options.disable_tqdm):
+            mapped = beside(mapped, plain.select_columns(columns))
     if report.dropped:
         mapped = mapped.select(np.flatnonzero(keep))
     return mapped, report
@@ -179,13 +182,14 @@ def _facts(mapped: Dataset) -> RowFacts:
     )
 
 
-def _repeated(mapped: Dataset, used: np.ndarray) -> np.ndarray:
-    """Row numbers of those with the prompt and the completions of an earlier row that is used."""
+def _repeated(mapped: Dataset, shown: Dataset | None, used: np.ndarray) -> np.ndarray:
+    """Row numbers of those with the prompt, its images (`shown`) and the completions of an earlier row that is used."""
     seen: set[int] = set()
     repeated = []
     for number in np.flatnonzero(used).tolist():
         row = mapped[number]
-        content = content_id(PairIds(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"], *row["more_ids"]]))
+        ids = PairIds(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"], *row["more_ids"]])
+        content = content_id(ids, images_of(shown[number], "") if shown is not None and shown.column_names else ())
         if content in seen:
             repeated.append(number)
         seen.add(content)

@@ -10,16 +10,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..batch import Message, Pair, Text
 from .errors import bad, clean
+from .image_text import ImageText, check_none_is_shown, has_images
 from .messages import words_of
-
-if TYPE_CHECKING:
-    from .image_text import ImageText
 
 MARKS = re.compile("[\U000f0000\U000f0001]")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -52,7 +50,9 @@ def render(
     pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None, images: ImageText | None = None
 ) -> Rendered:
     """`control` matches what must stay text in the strings of the row; None: nothing. `images`: of a processor, if it is one."""
-    if images is not None:
+    if images is None:
+        check_none_is_shown(has_images(pair), where)
+    else:
         pair = images.placed(pair, where)
     if not isinstance(pair.prompt, str):
         rendered = _conversation(pair, tokenizer, where, control, images).rendered()
@@ -60,17 +60,19 @@ def render(
         texts = [f"{pair.prompt}{completion}" for completion in pair.completions]
         found = control is not None and any(map(control.search, texts))
         if found and images is not None and pair.images:
-            found = _check_words_beside_images(pair, texts, where, control, images)
+            found = _check_words_beside_images(pair, where, control, images)
         rendered = Rendered(pair.prompt, texts, [[]] * len(texts), templated=False, control_text=found)
     return _with_images(rendered, pair, images, where) if images is not None and pair.images else rendered
 
 
-def _check_words_beside_images(pair: Pair, texts: list[str], where: str, control: Any, images: ImageText) -> bool:
+def _check_words_beside_images(pair: Pair, where: str, control: Any, images: ImageText) -> bool:
     """False: what was found are the places of images, which are to be read as such. Nothing else may be beside them."""
-    for text in texts:
-        if found := control.search(images.beside_words.sub("", text)):
+    prompt = images.beside_words.sub("\0", f"{pair.prompt}")  # what stands on both sides of an image does not meet
+    for completion in pair.completions:
+        if found := control.search(f"{prompt}{completion}"):
             problem = f"holds the text of the control token {found[0]!r} beside an image of plain text"
-            raise bad(where, "prompt or completion", problem, "Give the row as messages, or take the token out")
+            remedy = "Give the row as messages, take the token out, or read it as one with --allow_special_tokens_in_text true"
+            raise bad(where, "prompt or completion", problem, remedy)
     return False
 
 
@@ -186,7 +188,7 @@ class _Conversation:
         options = self.pair.chat_template_kwargs
         messages = messages if self.images is None else self.images.for_template(messages)
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tools=self.pair.tools, tokenize=self.as_ids, **how, **options
             )
         except Exception as error:  # a template is a program of the model's author and may raise anything
@@ -194,6 +196,7 @@ class _Conversation:
                 f"{self.where}: the chat template refuses these messages: {clean(error)}. Change their roles or order, or the "
                 "template."
             ) from error
+        return text if self.images is None else self.images.opened(text)
 
     def _joined(self, completion: list[Message]) -> list[Message]:
         """One conversation. A prompt that ends in an assistant turn is continued, not answered anew."""
@@ -231,14 +234,15 @@ class _Conversation:
 
     def _marked(self, completion: list[Message], start: str, whole: str) -> list[str]:
         template = self.tokenizer.get_chat_template(tools=self.pair.tools)
-        _, (stretches,) = render_jinja_template(
+        (plain,), (stretches,) = render_jinja_template(
             [self._joined(completion) if self.images is None else self.images.for_template(self._joined(completion))],
             tools=self.pair.tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self.pair.chat_template_kwargs},
         )
-        return [whole[:edge] for stretch in stretches if stretch[1] > len(start) for edge in stretch]
+        bos = len(whole) - len(plain)  # that no template wrote
+        return [whole[: bos + edge] for stretch in stretches if bos + stretch[1] > len(start) for edge in stretch]
 
     def _cannot_tell(self, number: int) -> ValueError:
         problem = "has several turns, and the chat template rewrites earlier turns: nobody can tell which are the assistant's words"

@@ -8,20 +8,18 @@ the rest of its own text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..batch import ONE_PAIR, Pair, Stretch, Text
 from .encode import encode_from_one_head
 from .ends import Ends
 from .errors import clean
+from .image_text import ImageText
 from .implicit import shared_length
 from .messages import is_blank
 from .render import Rendered, completion_name, control_tokens, render, render_prompt
 from .report import Flag
 from .truncate import PairIds
-
-if TYPE_CHECKING:
-    from .image_text import ImageText
 
 
 def tokenize_pairs(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..batch import Message
+from ..data.image_text import ImageText
 from ..data.messages import words_of
 from ..data.render import control_tokens, render, strings_of
 from ..data.report import Flag
@@ -130,8 +131,8 @@ class TemplateCounts:
 class TemplateCheck:
     """Renders each conversation once more, and looks for its messages in what came out."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, images: ImageText | None = None):
+        self.tokenizer, self.images = tokenizer, images
         self.found = TemplateCounts(has_template=bool(tokenizer.chat_template))
 
     def see(self, row: Row) -> None:
@@ -146,7 +147,7 @@ class TemplateCheck:
         self.found.conversations += 1
         template = self.tokenizer.get_chat_template(tools=row.pair.tools)
         self.found.changes_with_the_day |= "strftime_now" in COMMENT.sub("", template)
-        texts = render(row.pair, self.tokenizer, f"Row {row.number}", None)
+        texts = render(row.pair, self.tokenizer, f"Row {row.number}", None, self.images)
         wholes = [str(whole) for whole in texts.completions]
         if not all(whole.startswith(str(texts.prompt)) for whole in wholes):
             self.found.prompt_not_a_beginning.add(row.number)

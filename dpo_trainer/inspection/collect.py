@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data import report as training
 from ..data.content import content_id
+from ..data.image_text import ImageText
 from .checks import ControlText, Endings, TemplateCheck, UnknownIds
 from .facts import RowFacts, facts_of
 from .result import RowCounts, RowError
@@ -51,7 +52,9 @@ class Sample:
 class Collection:
     """What is known of the rows seen so far. Nothing in it grows with the length of a text."""
 
-    def __init__(self, tokenizer: Any, *, show: int, seed: int, deduplicate: bool = False):
+    def __init__(
+        self, tokenizer: Any, images: ImageText | None = None, *, show: int, seed: int, deduplicate: bool = False
+    ):
         self.forms: Counter[str] = Counter()
         self.bad = 0
         self.errors: list[RowError] = []
@@ -59,7 +62,7 @@ class Collection:
         self.sample = Sample(show, seed)
         self.control_text = ControlText(tokenizer)
         self.endings = Endings(tokenizer)
-        self.template = TemplateCheck(tokenizer)
+        self.template = TemplateCheck(tokenizer, images)
         self.unknown_ids = UnknownIds(tokenizer)
         self._contents: set[int] | None = set() if deduplicate else None
 
@@ -79,7 +82,7 @@ class Collection:
         """With --deduplicate, as training does it: by what is left within the limits."""
         if self._contents is None or row.cut.flags & training.USELESS:
             return row
-        content = content_id(row.cut)
+        content = content_id(row.cut, row.pair.images if row.pair else ())
         if content in self._contents:
             return row._replace(cut=row.cut._replace(flags=row.cut.flags | training.Flag.DUPLICATE))
         self._contents.add(content)

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from ..cli import ScriptArguments
 from ..cli.data import load_data
 from ..data.columns import check_columns
+from ..data.image_columns import undecoded
 from ..data.prepare import row_numbers
 
 
@@ -39,7 +40,7 @@ class Part:
         """All rows, or those at the places `take` of a table."""
         if self.dataset.column_names is not None:
             check_columns(self.dataset.column_names, self.name)
-        rows: Any = self.dataset.with_format(None)
+        rows: Any = undecoded(self.dataset.with_format(None), self.name)
         if isinstance(rows, IterableDataset):
             numbers: Any = range(self.first, 2**62)
         else:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from ..batch import Pair
 from ..data.columns import is_tokenized
+from ..data.image_text import ImageText
+from ..data.mapping import given_ids
 from ..data.schema import form_of, pair_from_row, weight_from_row
 from ..data.tokenize import tokenize_pairs
-from ..data.tokenized import ids_from_row
 from ..data.truncate import Limits, PairIds
 from .parts import NumberedRow
 
@@ -49,6 +50,7 @@ class RowReader:
     tokenizer: Any
     limits: Limits
     allow_special_tokens_in_text: bool = False
+    images: ImageText | None = None
 
     def read(self, numbered: Iterable[NumberedRow]) -> Iterator[Row | BadRow]:
         """In order. Tokenizes `BATCH` rows in one call."""
@@ -65,7 +67,7 @@ class RowReader:
                 form = form_of(row, where)
                 weight_from_row(row, where)
                 if is_tokenized(row):
-                    found[number] = self._row(number, form, None, ids_from_row(row, where))
+                    found[number] = self._row(number, form, None, given_ids(row, where, self.images))
                 else:
                     texts.append(_Text(number, where, form, pair_from_row(row, where)))
             except ValueError as error:
@@ -83,6 +85,7 @@ class RowReader:
                 self.tokenizer,
                 [text.where for text in texts],
                 allow_special_tokens_in_text=self.allow_special_tokens_in_text,
+                images=self.images,
             )
         except ValueError as error:
             if len(texts) == 1:

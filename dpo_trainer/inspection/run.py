@@ -14,8 +14,9 @@ from datasets import Dataset, IterableDataset
 from ..cli import ModelArguments, ScriptArguments
 from ..config import DPOConfig
 from ..data.encode import eos_token_id, text_tokenizer
+from ..data.image_text import ImageText, is_processor
 from ..data.options import DataOptions
-from ..loading import load_tokenizer
+from ..loading import load_processing_class
 from .arguments import InspectionArguments
 from .collect import Collection
 from .estimate import optimizer_steps
@@ -35,7 +36,7 @@ def run(arguments: InspectionArguments, script: ScriptArguments, model: ModelArg
     """Print and write what was found. 1 if a row could not be read, else 0."""
     assert model.model_name_or_path is not None
     parts = load_parts(script, config.seed)
-    tokenizer = load_tokenizer(
+    tokenizer = load_processing_class(
         model.model_name_or_path, trust_remote_code=config.trust_remote_code, revision=model.model_revision
     )
     found = inspect(parts, tokenizer, config, model, arguments)
@@ -66,7 +67,7 @@ def inspect(
 
     Args:
         data: a dataset of rows in any form, or the parts of a mixture (`parts.in_order`).
-        tokenizer: the one to train with.
+        tokenizer: the one to train with, or the processor.
         config: the options of the run: limits, batch size, losses, precision.
         model: where its config.json lies, or all arguments of the model (adapter, quantisation).
         arguments: `show` and `max_rows`.
@@ -76,13 +77,15 @@ def inspect(
     model = ModelArguments(model_name_or_path=model) if isinstance(model, str) else model
     arguments = arguments or InspectionArguments()
     options = DataOptions.from_config(config)
+    images = ImageText(tokenizer, options.image_access) if is_processor(tokenizer) else None
     tokenizer = text_tokenizer(tokenizer)
     reader = RowReader(
         tokenizer=tokenizer,
+        images=images,
         limits=options.limits(getattr(tokenizer, "bos_token_id", None)),
         allow_special_tokens_in_text=options.allow_special_tokens_in_text,
     )
-    seen = Collection(tokenizer, show=arguments.show, seed=config.seed, deduplicate=options.deduplicate)
+    seen = Collection(tokenizer, images, show=arguments.show, seed=config.seed, deduplicate=options.deduplicate)
     eos_token_id(tokenizer)  # refuses a tokenizer that has none
     for row in reader.read(read_parts(parts, arguments.max_rows, config.seed)):
         seen.see(row)

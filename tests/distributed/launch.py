@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 from cells import run, trained_weights
 from torch import Tensor
 from transformers import set_seed
+from two_processes import torchrun
 
 from dpo_trainer.metrics import METRICS
 
@@ -34,17 +32,8 @@ def together(
     engine: str, folder: Path, names: Sequence[str], *, ranks: int = 2, write_checkpoint: bool = True
 ) -> dict[str, Any]:
     """What rank 0 saw: one launch for all cells. `folder` has what was saved."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    what = [engine, str(folder), "yes" if write_checkpoint else "no", *names]
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launch, str(HERE / "worker.py"), *what],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    how = [engine, folder, "yes" if write_checkpoint else "no"]
+    torchrun(HERE / "worker.py", *how, *names, ranks=ranks, timeout=500)
     return json.loads((folder / f"results of {ranks}.json").read_text())
 
 

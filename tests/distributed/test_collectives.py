@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from two_processes import torchrun
 
 pytestmark = pytest.mark.distributed
 
@@ -21,11 +19,7 @@ STEPS, LINES = 4, 2  # as in collectives_worker.py, which sets the environment o
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """Of each rank: {run: {"counts": {phase: {collective: times}}, ...}}."""
     folder = tmp_path_factory.mktemp("collectives")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    command = [*launch, str(HERE / "collectives_worker.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    torchrun(HERE / "collectives_worker.py", folder)
     return json.loads((folder / "results.json").read_text())
 
 

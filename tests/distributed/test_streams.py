@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from functools import cache
@@ -18,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 import uneven
+from two_processes import torchrun
 from uneven import EVALUATED, TRAINED
 
 pytestmark = pytest.mark.distributed
@@ -30,14 +29,7 @@ ATOL = 1e-5  # float32: two ranks add in another order, and pairs stand in other
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("uneven")
     uneven.files(folder, 10)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
-    }
-    command = [*launch, str(HERE / "uneven_worker.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    torchrun(HERE / "uneven_worker.py", folder)
     both = json.loads((folder / "results.json").read_text())
     assert len(both) == 2
     return both

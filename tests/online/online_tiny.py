@@ -110,24 +110,7 @@ class Recording:
 
 def config(folder: Path | str, **options: Any) -> OnlineDPOConfig:
     """As `tiny.config`: 4 steps of plain gradient descent on batches of 4, float32. Answers of at most 6 tokens."""
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "max_new_tokens": 6,
-    }
-    return OnlineDPOConfig(**{**defaults, **options})
+    return tiny.config(folder, kind=OnlineDPOConfig, **{"max_new_tokens": 6, **options})
 
 
 def trainer(

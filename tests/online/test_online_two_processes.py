@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import two_ranks
+from two_processes import torchrun
 
 from dpo_trainer.online.metrics import ONLINE_METRICS, TALLIED
 
@@ -27,11 +26,7 @@ ATOL = 1e-5  # float32: two ranks add in another order
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    command = [*launch, str(HERE / "two_ranks.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    torchrun(HERE / "two_ranks.py", folder)
     both = json.loads((folder / "results.json").read_text())
     assert len(both) == 2
     return both
