@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,10 @@ def speed() -> str:
     return table([*head, "", "loss differs by"], rows) + "\n\n" + caption
 
 
-def tokenization() -> str:
-    """The table that `benchmarks/tokenization.py` wrote."""
-    measured = ROOT / "benchmarks" / "results" / "tokenization.md"
-    return measured.read_text().strip() if measured.exists() else "`python benchmarks/tokenization.py` measures it."
+def measured_by(name: str) -> str:
+    """The table that `benchmarks/NAME.py` wrote."""
+    measured = ROOT / "benchmarks" / "results" / f"{name}.md"
+    return measured.read_text().strip() if measured.exists() else f"`python benchmarks/{name}.py` measures it."
 
 
 REGIONS: dict[str, Callable[[], str]] = {
@@ -202,7 +203,8 @@ REGIONS: dict[str, Callable[[], str]] = {
     "judges": judges,
     "script-options": script_options,
     "speed": speed,
-    "tokenization": tokenization,
+    "tokenization": partial(measured_by, "tokenization"),
+    "vision": partial(measured_by, "vision"),
 }
 
 
