@@ -1,10 +1,10 @@
-# make demo    train the embedded demo, from nothing to the table of results
+# make demo    train the embedded demo, from nothing to the table of results          make demo-vision    the same with pictures
 # make test    run all tests          make check   formatting, lint, types          make test-faults   30 kills and more
 PYTHON ?= python3
 # constraints.txt names the torch release that also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-gpu test-faults test-distributed check docs bench bench-gpu clean
+.PHONY: demo demo-vision test test-gpu test-faults test-distributed check docs bench bench-gpu clean
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -18,6 +18,9 @@ INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constrain
 
 demo: .venv/installed
 	.venv/bin/python scripts/dpo.py --output_dir out/demo
+
+demo-vision: .venv/installed
+	.venv/bin/python scripts/dpo_vlm.py --output_dir out/demo-vision
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n auto --dist loadfile

@@ -207,7 +207,17 @@ class ImageText:
     # --- what stands there ---
 
     def sizes(self, images: Sequence[Any], where: str) -> list[Size]:
-        return [self.access.size(image, f"{where}, image {number}") for number, image in enumerate(images)]
+        """Of each image; all are such that the processor takes them."""
+        found = []
+        for number, image in enumerate(images):
+            at = f"{where}, image {number}"
+            found.append(size := self.access.size(image, at))
+            try:
+                self._of_size(size)
+            except Exception as error:  # whatever a processor thinks of a size
+                problem = f"the image processor refuses its {size[0]} x {size[1]} pixels: {clean(error)}"
+                raise ValueError(f"{at}: {problem}. Leave the row out.") from error
+        return found
 
     def write(self, prompt: str, sizes: Sequence[Size], where: str) -> str:
         """A prompt as the processor has it: the placeholders replaced, and what it adds of its own."""
@@ -320,9 +330,4 @@ def _split(text: str, mark: str) -> list[dict[str, str]]:
 @lru_cache(maxsize=16_384)
 def _of_size(images: ImageText, size: Size) -> str:
     """What stands in the text for an image: asked of the processor with a black one."""
-    try:
-        return processed(images.processor, Image.new("RGB", size))[0]
-    except Exception as error:  # whatever a processor thinks of a size
-        raise ValueError(
-            f"The image processor refuses an image of {size[0]} x {size[1]} pixels: {clean(error)}. Leave the row out."
-        ) from error
+    return processed(images.processor, Image.new("RGB", size))[0]
