@@ -28,6 +28,7 @@ from .checkpoints import (
     ASIDE,
     checkpoint_to_resume,
     fresh_aside,
+    load_renamed,
     publish,
     retire,
     saving,
@@ -247,6 +248,15 @@ class DurableTrainer(Trainer):
         files = sorted(path.name for path in Path(resume_from_checkpoint).glob("*model*.safetensors"))
         with naming(resume_from_checkpoint, f"its weights ({', '.join(files)})"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_renamed(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_renamed(self.state.best_model_checkpoint)
+
+    def _load_renamed(self, checkpoint: str) -> None:
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # whose files have the names of memory
+            load_renamed(self.model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

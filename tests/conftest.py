@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -35,3 +36,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _same_random_state():
     set_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _less_garbage_to_look_through():
+    """accelerate collects garbage whenever training begins; all that was imported by now is no garbage."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

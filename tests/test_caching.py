@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
+from two_processes import run_script
 
 from dpo_trainer.cli import caching
 from dpo_trainer.cli.build import build_trainer
@@ -58,15 +57,15 @@ def test_the_script_end_to_end(options, tmp_path):
     (tmp_path / "run.yaml").write_text(
         "model_name_or_path: start\ndataset_name: pairs.jsonl\nbf16: false\nuse_cpu: true\n"
     )
-    run = [sys.executable, str(ROOT / "scripts" / "cache_reference.py")]
-    how: dict[str, Any] = {"capture_output": True, "text": True, "env": os.environ, "cwd": tmp_path}
-    done = subprocess.run([*run, "run.yaml", "--ref_cache_dir", "mine"], **how)
+    script = ROOT / "scripts" / "cache_reference.py"
+    first = [sys.executable, script, "run.yaml", "--ref_cache_dir", "mine"]
+    done = subprocess.run(first, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "40 completions, 0 found in the cache, 40 computed" in done.stderr
-    done = subprocess.run([*run, "--stats", "--ref_cache_dir", "mine"], **how)
+    done = run_script(script, "--stats", "--ref_cache_dir", "mine")
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r": 1, \d+\.\d MB\.\n", done.stdout)
-    done = subprocess.run([*run, "--prune"], **how)
+    done = run_script(script, "--prune")
     assert done.returncode == 1
     assert "cache_reference.py: --prune of what?" in done.stderr
 

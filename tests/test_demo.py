@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer
+from two_processes import run_script
 
 from dpo_trainer import DPOConfig
 from dpo_trainer.demo import base_model, curves, demo_model_and_tokenizer, pairs, results, run, world
@@ -336,28 +336,24 @@ def test_the_users_options_go_before_the_demos(tmp_path):
 # --- the whole of it ---
 
 
-def run_script(cache: Path, output: Path, *options: str) -> tuple[str, dict, float]:
-    """(what it printed, demo_results.json, CPU seconds) of `scripts/dpo.py`."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "scripts/dpo.py", "--output_dir", str(output), "--disable_tqdm", "true", *options],
-        cwd=ROOT,
-        env=os.environ | {"DPO_TRAINER_CACHE": str(cache)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stdout
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.stdout, json.loads((output / "demo_results.json").read_text()), cpu
+SCRIPT = ROOT / "scripts" / "dpo.py"
+
+
+def ended(done: subprocess.CompletedProcess[str], output: Path) -> tuple[str, dict]:
+    """(what it printed, demo_results.json)."""
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    return printed, json.loads((output / "demo_results.json").read_text())
 
 
 @pytest.mark.slow
-def test_demo_reaches_its_goals_from_nothing(tmp_path):
+def test_demo_reaches_its_goals_from_nothing(tmp_path, monkeypatch):
     """Numbers over seeds 0, 1, 2: pizza 0.98 to 0.99, well-formed 0.99 to 1, drift 0.03 to 0.05."""
-    printed, numbers, cpu = run_script(tmp_path / "cache", tmp_path / "out", "--seed", "1")
+    monkeypatch.setenv("DPO_TRAINER_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, SCRIPT, "--output_dir", tmp_path / "out", "--disable_tqdm", "true", "--seed", "1"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    printed, numbers = ended(subprocess.run(command, cwd=ROOT, capture_output=True, text=True), tmp_path / "out")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "No model and no dataset named: running the embedded demo" in printed
     assert "from nothing" in printed
     first, *middle, final = numbers["measured"]
@@ -370,7 +366,7 @@ def test_demo_reaches_its_goals_from_nothing(tmp_path):
     assert numbers["reached"]
     assert "chosen log-probs fall" not in printed
     # CPU time, since the machine may be busy; the demo runs on one thread, so that it is the time on an idle one.
-    assert cpu < 90
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 90
 
     with (tmp_path / "out" / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -386,11 +382,11 @@ def test_demo_reaches_its_goals_from_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_the_nll_term_the_answers_fall_apart(base, cache, tmp_path):
+def test_without_the_nll_term_the_answers_fall_apart(base, cache, tmp_path, monkeypatch):
     """Half of the steps are enough to see it: margins grow, and the warning says what they cost."""
-    printed, numbers, _ = run_script(
-        cache, tmp_path, "--loss_type", "sigmoid", "--rpo_alpha", "0", "--max_steps", "96", "--seed", "0"
-    )
+    monkeypatch.setenv("DPO_TRAINER_CACHE", str(cache))
+    options = "--disable_tqdm true --loss_type sigmoid --rpo_alpha 0 --max_steps 96 --eval_strategy no --seed 0"
+    printed, numbers = ended(run_script(SCRIPT, "--output_dir", tmp_path, *options.split()), tmp_path)
     assert "chosen log-probs fall while margins grow" in printed
     assert numbers["measured"][0]["target_well_formed"] >= 0.97
     # Over seeds 0, 1, 2: 0 of 500 for the control name; ravin's own share falls to between 0 and 0.9.

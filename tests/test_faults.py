@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.torch import load_file
+from two_processes import run_script
 
 from dpo_trainer.checkpoints import ASIDE, broken_file
 from dpo_trainer.durable import STOPPED_BY_SIGNAL
@@ -26,8 +27,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 def test_kills_in_every_phase_change_nothing():
     """Which moments, follows from the seed and from how fast the machine is."""
-    command = [sys.executable, str(HERE / "faults" / "kill_test.py"), "--kills", "6", "--each", "1", "--kinds", "lora"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    options = "--kills 6 --each 1 --kinds lora"
+    done = run_script(HERE / "faults" / "kill_test.py", *options.split(), timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     counts = dict(re.findall(r"^(\w+) +(\d+)", done.stdout, re.MULTILINE))
     assert all(int(counts[phase]) >= 1 for phase in ("tokenization", "precompute", "step", "eval", "save"))
@@ -60,9 +61,10 @@ def test_script_told_to_stop_saves_and_goes_on(tmp_path):
         "resume_from_checkpoint": "auto",
     }
     flags = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, str(HERE.parent / "scripts" / "dpo.py"), *flags]
+    script = HERE.parent / "scripts" / "dpo.py"
 
     with (tmp_path / "log.txt").open("w+") as log:
+        command = [sys.executable, script, *flags]
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_for("rewards/margins", tmp_path / "log.txt", process)
@@ -81,7 +83,7 @@ def test_script_told_to_stop_saves_and_goes_on(tmp_path):
     assert not (out / "model.safetensors").exists(), "the run is not over"
     stopped = load_file(checkpoint / "model.safetensors")
 
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    done = run_script(script, *flags, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert f"Resuming from {checkpoint}" in done.stderr
     lines = json.loads((out / "trainer_state.json").read_text())["log_history"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import gc
 import json
 import math
 import random
@@ -293,14 +292,6 @@ class Runs:
 
     def resumed(self, name: str, folder: Path, checkpoint: Path, **how: Any) -> Outcome:
         return run(build(folder, **{"save_strategy": "no", **CELLS[name].how(folder), **how}), resume=checkpoint)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _less_garbage_to_look_through():
-    """accelerate collects garbage whenever training begins; all that was imported by now is no garbage."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from .folders import (
 )
 from .manifest import MANIFEST, broken_file, seal
 from .saving import CheckpointError, saving
+from .weights import load_renamed
 
 __all__ = [
     "ASIDE",
@@ -34,6 +35,7 @@ __all__ = [
     "checkpoint_to_resume",
     "fresh_aside",
     "last_whole_checkpoint",
+    "load_renamed",
     "publish",
     "recover",
     "retire",

@@ -28,6 +28,7 @@ from ..batch import ImageBatch, ImageTensors, TokenizedPair
 from .errors import clean
 from .image_source import ImageSource
 from .image_text import ImageText, processed
+from .truncate import PairIds
 
 PROBE = 64
 """Width and height of the image that a layout is checked with."""
@@ -71,6 +72,7 @@ class ImageInputs:
         if all(isinstance(image, ImageTensors) for image in row.images):
             return row
         where = f"Row {row.example_id} of the batch"
+        self.text.check_features(PairIds(row.prompt_ids, []), self.text.sizes(row.images, where), where)
         images = tuple(self._load(image, f"{where}, image {number}") for number, image in enumerate(row.images))
         return replace(row, images=images)
 

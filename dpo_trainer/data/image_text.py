@@ -295,7 +295,12 @@ class ImageText:
         need = sum(number in self.image_ids for size in sizes for number in self._ids_of_size(size))
         if have != need:
             problem = f"has {have} image tokens in its prompt, and its {len(sizes)} images come to {need}"
-            raise bad(where, "prompt_ids", problem, "Prepare the row with this processor, from its text")
+            raise bad(
+                where,
+                "prompt_ids",
+                problem,
+                "Prepare the rows again: a file has changed, or another processor was used",
+            )
 
     @cached_property
     def fingerprint(self) -> str:

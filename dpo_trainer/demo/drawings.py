@@ -78,10 +78,10 @@ def draw(thing: Thing, quarter: int, ground: int, random: np.random.Generator) -
     """A new picture [SIDE, SIDE] of the thing."""
     side = SIDE * FINER
     brightness = GROUNDS[ground] + random.uniform(0, 20)
-    noise = random.normal(brightness, 12, (SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
+    noise = random.normal(brightness, 8, (SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
     image = Image.fromarray(noise).resize((side, side), Image.Resampling.BILINEAR)
-    x, y = [(0.25 + 0.5 * half + random.uniform(-0.04, 0.04)) * side for half in (quarter % 2, quarter // 2)]
-    reach = random.uniform(0.2, 0.24) * side
+    x, y = [(0.25 + 0.5 * half + random.uniform(-0.02, 0.02)) * side for half in (quarter % 2, quarter // 2)]
+    reach = random.uniform(0.21, 0.25) * side
     shade = (random.uniform(0.8, 1.05) * np.array(COLOURS[thing.colour])).clip(0, 255).astype(int)
     _fill(ImageDraw.Draw(image), thing.shape, x, y, reach, (*shade.tolist(),))
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -42,7 +42,7 @@ def vision_demo_defaults() -> dict[str, Any]:
         "output_dir": "out/demo-vision",
         "beta": 0.5,
         "rpo_alpha": 1.0,
-        "learning_rate": 2e-3,
+        "learning_rate": 1.5e-3,
         "num_train_epochs": 3,
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 64,
@@ -112,7 +112,7 @@ def look(folder: Path, label: str, shown: Sequence[Example]) -> Look:
 def goals(after: Look, blind: Look) -> list[Goal]:
     return [
         Goal(words="true answer preferred, new pictures:", value=after.prefers, limit=0.95),
-        Goal(words="true answer said:", value=after.says, limit=0.85),
+        Goal(words="true answer said:", value=after.says, limit=0.95),
         Goal(words="preferred, with the pictures shuffled:", value=blind.prefers, limit=0.6, at_least=False),
     ]
 

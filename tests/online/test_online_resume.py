@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import shutil
@@ -26,14 +25,6 @@ from dpo_trainer.online.trainer import OnlineDPOTrainer
 from dpo_trainer.run_state import STATE_FILE
 
 # --- runs: 10 rows, 2 to a batch and 2 batches to a step, make epochs of 3 steps; the last of each has one batch ---
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _less_garbage_to_look_through():
-    """accelerate collects garbage whenever training begins; all that was imported by now is no garbage."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class SaveAt(TrainerCallback):

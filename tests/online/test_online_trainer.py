@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import math
 from typing import Any
@@ -23,14 +22,6 @@ from dpo_trainer.online.feedback import FeedbackUnavailable
 from dpo_trainer.online.trainer import OnlineDPOTrainer
 
 LN2 = math.log(2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _less_garbage_to_look_through():
-    """accelerate collects garbage whenever training begins; all that was imported by now is no garbage."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def trained(folder, **how: Any) -> OnlineDPOTrainer:

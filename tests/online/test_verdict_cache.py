@@ -6,13 +6,12 @@ import contextlib
 import logging
 import sqlite3
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from two_processes import torchrun
 
 from dpo_trainer.online import verdict_cache
 from dpo_trainer.online.verdict_cache import LONGEST_REPLY, Verdict, VerdictCache, verdict_folder, verdict_key
@@ -204,20 +203,20 @@ def test_many_threads_write_at_once(tmp_path):
 
 
 WRITER = """
+import os
 import sys
 from pathlib import Path
 from dpo_trainer.online.verdict_cache import VerdictCache, verdict_key
-cache = VerdictCache(Path(sys.argv[1]))
+cache, name = VerdictCache(Path(sys.argv[1])), sys.argv[2 + int(os.environ["RANK"])]
 for number in range(30):
-    cache.put(verdict_key(sys.argv[2], number), "B", sys.argv[2])
+    cache.put(verdict_key(name, number), "B", name)
 assert cache.working
 """
 
 
-@pytest.mark.slow  # each process imports torch
 def test_two_processes_write_at_once(tmp_path):
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name]) for name in ("one", "two")]
-    assert [writer.wait(120) for writer in writers] == [0, 0]
+    (tmp_path / "writer.py").write_text(WRITER)
+    torchrun(tmp_path / "writer.py", tmp_path, "one", "two")
     for name in ("one", "two"):
         assert (
             VerdictCache(tmp_path).get([verdict_key(name, number) for number in range(30)])
