@@ -30,7 +30,14 @@ from .loading import (
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
 from .losses import Objective
 from .reference import DisabledAdapter, FrozenModel, NamedAdapter, OnCopy, Reference, cached, choose_reference
-from .vision import on_language_alone, settle_vision_tower, sight_of, trains_vision, vision_tower
+from .vision import (
+    on_language_alone,
+    refuse_without_processor,
+    settle_vision_tower,
+    sight_of,
+    trains_vision,
+    vision_tower,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -142,6 +149,7 @@ def assemble(
 def _images(model: nn.Module, args: DPOConfig, processing_class: Any) -> ImageInputs | None:
     """What makes the inputs of images, where the model sees and has its processor."""
     if not is_processor(processing_class):
+        refuse_without_processor(model)
         return None
     if vision_tower(model) is None:
         raise ValueError(

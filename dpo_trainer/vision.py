@@ -45,6 +45,17 @@ def sight_of(model: nn.Module) -> ModelSight:
     )
 
 
+def refuse_without_processor(model: nn.Module) -> None:
+    """ValueError for a model that must be told which tokens are a prompt, where nobody is there to tell it: its own attention
+    lets the words of an answer see those that come after them."""
+    base = base_model(model)
+    if MUTUAL.get(base.config.model_type) == "prompt":
+        raise ValueError(
+            f"{type(base).__name__} reads prompts both ways and must be told where they end, which its processor does: pass that as "
+            "processing_class instead of the tokenizer, for rows without images too."
+        )
+
+
 def _position_helper(base: PreTrainedModel) -> Callable[..., tuple[Any, Any]] | None:
     """`get_rope_index` of a model that has the model's config and nothing else: loader workers call it."""
     owner = next((part for part in (base, base.base_model) if hasattr(part, "get_rope_index")), None)

@@ -1,7 +1,7 @@
-"""How images stand in text: their places in a prompt, and what a processor writes there.
+"""What a processor writes into text for the images of a prompt.
 
 A prompt marks each image by the processor's placeholder (`<image>`, `<|image_pad|>`, ...), which its chat template writes for a
-part {"type": "image"}. The processor puts tokens in its place, and how many depends on the size of the image alone: so the
+part {"type": "image"} (image_places.py). The processor puts tokens in its place, and how many depends on the size of the image alone: so the
 token ids of a row are known before any image is processed, which its header is enough for.
 """
 
@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -20,17 +20,15 @@ from typing import Any
 import transformers
 from PIL import Image
 
-from ..batch import Message, Pair
+from ..batch import Message
 from .encode import text_tokenizer
 from .errors import bad, clean
+from .image_places import check_count
 from .image_source import ImageAccess
-from .messages import image_count, words_of
 from .truncate import PairIds
 
 TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 REPLACED = "text_replacement_offsets"
-USUAL = "<image>"
-"""Marks an image in the messages of most datasets, whatever the placeholder of a processor is."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -41,21 +39,6 @@ def is_processor(processing_class: Any) -> bool:
     return hasattr(processing_class, "image_processor") and hasattr(processing_class, "tokenizer")
 
 
-def check_none_is_shown(shown: bool, where: str) -> None:
-    """ValueError for a row with images where no processor is there to make anything of them."""
-    if shown:
-        remedy = (
-            "Train a vision-language model with its processor (processing_class), or take the images out: "
-            "dataset.remove_columns"
-        )
-        raise bad(where, "images", "holds images, and the model reads text alone", remedy)
-
-
-def has_images(pair: Pair) -> bool:
-    """In a column of its row, or as parts of its messages."""
-    return bool(pair.images) or (not isinstance(pair.prompt, str) and any(map(image_count, pair.prompt)))
-
-
 def processed(processor: Any, image: Image.Image) -> tuple[str, dict[str, Any]]:
     """What a processor makes of one image: what stands for it in the text, and what the model takes, as tensors."""
     options = {"return_text_replacement_offsets": True, "return_tensors": "pt", "add_special_tokens": False}
@@ -64,7 +47,7 @@ def processed(processor: Any, image: Image.Image) -> tuple[str, dict[str, Any]]:
     return replaced["replacement"], {name: value for name, value in out.items() if name not in TEXT_OUTPUTS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageText:
     """The text side of a processor. Picklable, for `num_proc`.
 
@@ -115,53 +98,6 @@ class ImageText:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         frames |= {token for token in special.union(tokenizer.all_special_tokens) if re.search("vision|image", token)}
         return re.compile("|".join(map(re.escape, sorted({self.placeholder, *frames}, key=len, reverse=True))))
-
-    # --- images find their places ---
-
-    def placed(self, pair: Pair, where: str) -> Pair:
-        """A prompt with a place for each image of the row.
-
-        Messages without any image part get them: at the placeholders (else at each `<image>`) in their text where there are
-        as many, and in front of the first turn of the user where there are none.
-
-        Raises:
-            ValueError: where places and images differ in number.
-        """
-        if isinstance(pair.prompt, str):
-            self._check_count(pair.prompt.count(self.placeholder), len(pair.images), where, f"{self.placeholder!r}")
-            return pair
-        parts = sum(map(image_count, pair.prompt))
-        if parts == 0 and pair.images:
-            pair = replace(pair, prompt=self._with_parts(pair.prompt, len(pair.images), where))
-        else:
-            self._check_count(parts, len(pair.images), where, '{"type": "image"}')
-        return pair
-
-    def _with_parts(self, prompt: list[Message], images: int, where: str) -> list[Message]:
-        for mark in (self.placeholder, USUAL):
-            written = sum(words_of(message).count(mark) for message in prompt)
-            if written:
-                self._check_count(written, images, where, f"{mark!r}")
-                return [
-                    {**message, "content": _split(message["content"], mark)}
-                    if mark in message.get("content", "")
-                    else message
-                    for message in prompt
-                ]
-        first = next((number for number, message in enumerate(prompt) if message["role"] == "user"), None)
-        if first is None:
-            raise bad(where, "prompt", "has no turn of the user to put the images in", 'Give parts {"type": "image"}')
-        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt[first].get("content", "")}]
-        return [*prompt[:first], {**prompt[first], "content": content}, *prompt[first + 1 :]]
-
-    def _check_count(self, places: int, images: int, where: str, what: str) -> None:
-        if places != images:
-            remedy = (
-                f"Give one {what} in the prompt for each image" if images else "Give the images in a column 'images'"
-            )
-            raise bad(
-                where, "images", f"holds {images} images, and the prompt has {places} places for them ({what})", remedy
-            )
 
     # --- chat templates ---
 
@@ -224,14 +160,14 @@ class ImageText:
         if not sizes:
             return prompt
         pieces = self._laid_out(prompt, len(sizes))
-        self._check_count(len(pieces) - 1, len(sizes), where, f"{self.placeholder!r}")
+        check_count(len(pieces) - 1, len(sizes), where, f"{self.placeholder!r}")
         standing = [self._of_size(size) for size in sizes]
         return "".join(piece + image for piece, image in zip(pieces, [*standing, ""], strict=True))
 
     def write_ids(self, ids: list[int], sizes: Sequence[Size], where: str) -> list[int]:
         """The same of token ids, for a prompt whose words must not be read again (`Rendered.control_text`)."""
         place = self.tokenizer.convert_tokens_to_ids(self.placeholder)
-        self._check_count(ids.count(place), len(sizes), where, f"{self.placeholder!r}")
+        check_count(ids.count(place), len(sizes), where, f"{self.placeholder!r}")
         edges = [-1, *(at for at, number in enumerate(ids) if number == place), len(ids)]
         words = [ids[start + 1 : end] for start, end in pairwise(edges)]
         standing = [*map(self._ids_of_size, sizes), []]
@@ -312,24 +248,6 @@ class ImageText:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"processor": self.processor, "access": self.access}  # what is cached is made anew
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def _split(text: str, mark: str) -> list[dict[str, str]]:
-    """Parts of a message: what stands around each mark, and an image in its place."""
-    parts: list[dict[str, str]] = []
-    for number, words in enumerate(text.split(mark)):
-        parts += [{"type": "image"}] if number else []
-        parts += [{"type": "text", "text": words}] if words else []
-    return parts
 
 
 @lru_cache(maxsize=16_384)

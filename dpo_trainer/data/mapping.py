@@ -14,8 +14,9 @@ from datasets import Dataset, Features, List, Value
 from .columns import TOKENIZED, announce_unread, check_columns, is_tokenized
 from .content import content_id
 from .encode import eos_token_id, tokenizer_fingerprint
+from .image_places import check_none_is_shown
 from .image_source import encoded, images_of
-from .image_text import ImageText, check_none_is_shown
+from .image_text import ImageText
 from .report import RowFacts, labelled
 from .schema import pair_from_row, weight_from_row
 from .tokenize import tokenize_pairs

@@ -16,7 +16,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..batch import Message, Pair, Text
 from .errors import bad, clean
-from .image_text import ImageText, check_none_is_shown, has_images
+from .image_places import check_none_is_shown, has_images, placed
+from .image_text import ImageText
 from .messages import words_of
 
 MARKS = re.compile("[\U000f0000\U000f0001]")
@@ -53,7 +54,7 @@ def render(
     if images is None:
         check_none_is_shown(has_images(pair), where)
     else:
-        pair = images.placed(pair, where)
+        pair = placed(pair, images.placeholder, where)
     if not isinstance(pair.prompt, str):
         rendered = _conversation(pair, tokenizer, where, control, images).rendered()
     else:

@@ -57,3 +57,10 @@ def test_images_are_refused_where_nobody_looks(files, tmp_path):
     given = ["--model_name_or_path", str(files / "llama"), "--dataset_name", str(files / "rows.parquet")]
     with pytest.raises(ValueError, match=r"Row 0 .*images.*reads text alone"):
         run("dpo.py", *given, "--output_dir", str(tmp_path))
+
+
+def test_paligemma_wants_its_processor(tmp_path):
+    """Without it, answers would see their own end: a log-prob of an early word moved by 0.26 nats with the last word."""
+    model, processor = zoo.ZOO["paligemma"]()
+    with pytest.raises(ValueError, match="pass that as processing_class"):
+        tiny.trainer(tmp_path, model=model, parts={"processing_class": processor.tokenizer})
