@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,8 +46,9 @@ def run_collator(
             "--precompute_ref_log_probs looks log-probs up by the content of completions, which the data_collator does not "
             "tell: use DataCollatorForPreference(..., keyed=True) or a subclass of it, or leave the option off."
         )
-    if isinstance(given, DataCollatorForPreference) and given.images is None:
-        return dataclasses.replace(given, images=layout.images)  # which only the trainer knows
+    if layout.images is not None and isinstance(given, DataCollatorForPreference) and given.images is None:
+        given = copy.copy(given)
+        given.images = layout.images  # which only the trainer knows
     return given
 
 

@@ -53,9 +53,14 @@ def test_left_padding_is_read_from_the_masks_alone():
 
 def test_masks_of_bool_and_other_columns_are_welcome():
     batch = PairBatch.from_inputs(
-        {**FOREIGN, "completion_mask": FOREIGN["completion_mask"].bool(), "pixel_values": torch.zeros(4, 3)}
+        {**FOREIGN, "completion_mask": FOREIGN["completion_mask"].bool(), "another": torch.zeros(4, 3)}
     )
     assert batch.lengths.tolist() == [3, 1, 1, 2]
+
+
+def test_images_of_a_foreign_batch_are_refused():
+    with pytest.raises(ValueError, match=r"has pixel_values, which would not reach the model"):
+        PairBatch.from_inputs({**FOREIGN, "pixel_values": torch.zeros(4, 3)})
 
 
 def test_ids_and_weights_of_a_foreign_batch_are_kept():

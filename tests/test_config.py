@@ -373,6 +373,10 @@ def test_loss_module_is_imported(tmp_path):
 
 # A value other than the default for every own field, with what else it takes to be allowed.
 ROUND_TRIP = {
+    "image_root": "pictures",
+    "allow_image_urls": True,
+    "cache_processed_images": True,
+    "freeze_vision_tower": True,
     "beta": 0.3,
     "loss_type": ["ipo", "sft"],
     "loss_weights": [0.7],

@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from dpo_trainer.cache_folders import cache_folder
 from dpo_trainer.reference import cache
-from dpo_trainer.reference.cache import Record, Store, Summary, cache_folder, database, keep_within, prune, summaries
+from dpo_trainer.reference.cache import Record, Store, Summary, database, keep_within, prune, summaries
 
 REFERENCE = "ab12" * 8
 ABOUT = {"model": "tiny/llama", "dtype": "float32"}
@@ -686,12 +687,12 @@ def test_a_run_goes_on_when_its_file_is_deleted(tmp_path):
 def test_where_the_cache_is(monkeypatch):
     for name, value in {"HOME": "/home/me", "HF_HOME": "", "DPO_TRAINER_CACHE": ""}.items():
         monkeypatch.setenv(name, value)
-    assert cache_folder(None) == Path("/home/me/.cache/huggingface/dpo_trainer/reference")
+    assert cache_folder(None, "reference") == Path("/home/me/.cache/huggingface/dpo_trainer/reference")
     monkeypatch.setenv("HF_HOME", "~/hf")
-    assert cache_folder(None) == Path("/home/me/hf/dpo_trainer/reference")
+    assert cache_folder(None, "reference") == Path("/home/me/hf/dpo_trainer/reference")
     monkeypatch.setenv("DPO_TRAINER_CACHE", "/fast")
-    assert cache_folder(None) == Path("/fast/reference")
-    assert cache_folder("~/given") == Path("/home/me/given")
+    assert cache_folder(None, "reference") == Path("/fast/reference")
+    assert cache_folder("~/given", "reference") == Path("/home/me/given")
 
 
 def filled(folder: Path, references: Mapping[str, float]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..reference.cache import Summary, cache_folder, prune, summaries
+from ..cache_folders import cache_folder
+from ..reference.cache import Summary, prune, summaries
 from .parsing import parse_args
 
 OUTPUT = "out/reference"
@@ -108,4 +109,4 @@ def _folder(words: Sequence[str]) -> Path:
         if flag != "--ref_cache_dir" or len(rest) != 1:
             raise ValueError(f"--stats and --prune take --ref_cache_dir and nothing else, got {' '.join(words)}.")
         given = rest[0]
-    return cache_folder(given)
+    return cache_folder(given, "reference")

@@ -27,8 +27,8 @@ class PairIds(NamedTuple):
     pairs: tuple[Preferred, ...] = ONE_PAIR  # never empty: without a useful pair the first stays, and flags say why
     unscored: tuple[Stretch, ...] = ()
     flags: int = 0
-    images: tuple[tuple[int, int], ...] = ()  # (start, end) in the prompt: what may not be cut, in order
     left_out: int = 0  # pairs of a ranked row that are not used: ties, useless ones, those beyond a limit
+    images: tuple[tuple[int, int], ...] = ()  # (start, end) in the prompt: what may not be cut, in order
 
     @property
     def chosen(self) -> list[int]:

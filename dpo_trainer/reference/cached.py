@@ -11,8 +11,9 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from ..batch import PairBatch, PairLogps, TokenLogps
+from ..cache_folders import cache_folder
 from ..sharding import is_cut
-from .cache import Record, Store, cache_folder, keep_within
+from .cache import Record, Store, keep_within
 from .identity import Identity
 from .strategies import Reference
 
@@ -145,7 +146,7 @@ def cached(
     """`source`, with its log-probs on disk, in the file of what it is. Older files are deleted beyond the quota."""
     identity = source.identity(policy, precision)
     assert identity is not None
-    where = cache_folder(folder)
+    where = cache_folder(folder, "reference")
     store = Store(where, identity.digest, identity.about)
     keep_within(where, int(quota_gb * 1e9), sparing=identity.digest)
     return CachedReference(source, store, identity, precision=precision, tokens=tokens, remake=remake)

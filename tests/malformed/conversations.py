@@ -118,7 +118,7 @@ MESSAGES = {
     "content a bool": refused_row(prompt(user(True)), "content of type bool", "Give the content as one string"),
     "content an object": refused_row(prompt(user({"text": "x"})), "content of type dict", "Give the content as"),
     "content an image": refused_row(
-        prompt(user([{"type": "image", "url": "x"}])), "content part of type 'image'", ONLY_TEXT
+        prompt(user([{"type": "image", "url": "x"}])), "image part that holds 'url' itself", 'a column "images"'
     ),
     "content an image beside text": refused_row(
         prompt(user([{"type": "text", "text": "x"}, {"type": "image_url"}])), "'image_url'", ONLY_TEXT

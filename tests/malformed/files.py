@@ -190,9 +190,9 @@ def parquet(columns: Mapping[str, Any]) -> Make:
     return make
 
 
-def broken_images(folder: Path) -> str:
-    features = Features({name: Value("string") for name in TEXT} | {"image": Image()})
-    row = TEXT | {"image": {"bytes": b"garbage", "path": None}}
+def broken_images(folder: Path, column: str = "photo") -> str:
+    features = Features({name: Value("string") for name in TEXT} | {column: Image()})
+    row = TEXT | {column: {"bytes": b"garbage", "path": None}}
     Dataset.from_list([row, row], features=features).to_parquet(folder / "pairs.parquet")
     return str(folder / "pairs.parquet")
 
@@ -250,6 +250,9 @@ OTHER_FILES = {
         gives(WHY, SO, NO),
     ),
     "parquet with broken images in a user's own column": becomes(broken_images, gives(WHY, SO, NO)),
+    "parquet with images that the model would not see": refused(
+        lambda folder: broken_images(folder, "image"), "Row 0 .* reads text alone", "take the images out"
+    ),
     "parquet with a column no dataset can hold": refused(
         parquet(PLAIN | {"a": pa.array([[("k", 1)]] * 2, pa.map_(pa.string(), pa.int8()))}),
         "map",

@@ -542,7 +542,7 @@ def test_token_ids_are_counted_beside_their_images():
         with pytest.raises(ValueError) as error:
             prepare([once[1], once[0] | change], "qwen2_vl")
         assert "Row 1 of train, column 'prompt_ids': has " in str(error.value)
-        assert "Prepare the row with this processor" in str(error.value)
+        assert "Prepare the rows again: a file has changed, or another processor" in str(error.value)
     assert f"has {have} image tokens in its prompt, and its 1 images come to" in str(error.value)
 
 

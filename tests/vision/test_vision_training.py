@@ -271,8 +271,10 @@ def test_keys_of_completions_follow_the_pixels_and_not_how_they_are_stored(tmp_p
     assert inputs is not None
 
     def keys(*images: Any) -> list[bytes]:
-        given = dataclasses.replace(row, images=images)
-        return completion_keys(inputs.load(given))
+        words = [number for number in row.prompt_ids if number not in inputs.text.image_ids]
+        place = inputs.text.tokenizer.convert_tokens_to_ids(inputs.text.placeholder)
+        shown = inputs.text.write_ids([place] * len(images), inputs.text.sizes(images, ""), "")
+        return completion_keys(inputs.load(dataclasses.replace(row, prompt_ids=[*words, *shown], images=images)))
 
     assert keys(image) == keys(image.copy()) == keys(str(tmp_path / "image.png"))
     assert keys(image) == keys((tmp_path / "image.png").read_bytes())

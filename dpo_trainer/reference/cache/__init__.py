@@ -5,9 +5,8 @@ processes may write at once, and a reference is one file that can be copied or d
 WAL needs memory that all processes share, which network file systems do not have.
 """
 
-from .files import cache_folder
 from .housekeeping import Summary, keep_within, prune, summaries
 from .records import Record
 from .store import Store
 
-__all__ = ["Record", "Store", "Summary", "cache_folder", "keep_within", "prune", "summaries"]
+__all__ = ["Record", "Store", "Summary", "keep_within", "prune", "summaries"]

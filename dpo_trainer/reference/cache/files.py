@@ -7,15 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ... import cache_folders
 from .database import ReadOnly, connect, transaction
 
 SUFFIX = ".sqlite"
-
-
-def cache_folder(given: str | None) -> Path:
-    """Where the caches are, see `cache_folders.py`."""
-    return cache_folders.cache_folder(given, "reference")
 
 
 def create(path: Path) -> None:
