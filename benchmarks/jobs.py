@@ -27,6 +27,7 @@ SHARED = {
     "report_to": [],
     "disable_tqdm": True,
 }
+ON_CPU = {**SHARED, "gradient_checkpointing": False, "bf16": False, "use_cpu": True}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -126,6 +126,7 @@ def trainer_of(job: dict[str, Any], folder: str, clock: Any) -> Any:
     from transformers import AutoTokenizer
 
     arguments = {
+        **jobs.ON_CPU,
         "output_dir": folder,
         "per_device_train_batch_size": job["batch"],
         "max_steps": job["steps"],
@@ -134,14 +135,7 @@ def trainer_of(job: dict[str, Any], folder: str, clock: Any) -> Any:
         "temperature": 0.9,
         "beta": [0.1],
         "learning_rate": job["learning_rate"],
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
         "seed": job["seed"],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
     }
     parts = {
         "model": model_of(job),

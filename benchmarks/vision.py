@@ -86,19 +86,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def trainer_of(job: dict[str, Any], folder: str, clock: Any, images: list[int]) -> Any:
     processor = processor_of()
     arguments = {
+        **jobs.ON_CPU,
         "output_dir": folder,
         "per_device_train_batch_size": BATCH,
         "max_steps": STEPS,
         "max_length": 512,
         "learning_rate": 1e-4,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
         "seed": job["seed"],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
     }
     models = [model_of(processor.tokenizer), model_of(processor.tokenizer)]
     for model in models:

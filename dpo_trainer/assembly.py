@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from .cache_folders import cache_folder
 from .config import DPOConfig
+from .data import DataOptions
 from .data.image_inputs import ImageInputs
-from .data.image_source import ImageAccess
-from .data.image_text import ImageText, is_processor
+from .data.image_text import ImageText
 from .engines import cuts_weights
 from .layout import Layout
 from .loading import (
@@ -100,7 +100,6 @@ class Assembly:
     scorer: Scorer
     reference: Reference
     layout: Layout
-    images: ImageInputs | None
 
 
 def assemble(
@@ -143,12 +142,13 @@ def assemble(
         counted=None if args.max_tokens_per_micro_batch is None else "--max_tokens_per_micro_batch",
         images=images,
     )
-    return Assembly(model=model, scorer=scorer, reference=reference, layout=layout, images=images)
+    return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
 
 
 def _images(model: nn.Module, args: DPOConfig, processing_class: Any) -> ImageInputs | None:
     """What makes the inputs of images, where the model sees and has its processor."""
-    if not is_processor(processing_class):
+    text = ImageText.of(processing_class, DataOptions.from_config(args).image_access)
+    if text is None:
         refuse_without_processor(model)
         return None
     if vision_tower(model) is None:
@@ -156,7 +156,6 @@ def _images(model: nn.Module, args: DPOConfig, processing_class: Any) -> ImageIn
             f"processing_class is a {type(processing_class).__name__}, which makes inputs of images, and "
             f"{type(base_model(model)).__name__} reads text alone: pass the tokenizer (processor.tokenizer)."
         )
-    text = ImageText(processing_class, ImageAccess(root=args.image_root, allow_urls=args.allow_image_urls))
     cache = str(cache_folder(None, "images")) if args.cache_processed_images else None
     several = args.world_size > 1 and (trains_vision(model) or cuts_weights(args))
     return ImageInputs(text, sight_of(model), cache=cache, always=several)

@@ -163,7 +163,9 @@ def _short(rows: Sequence[TokenizedPair], images: ImageInputs | None = None) -> 
     prompt, and the first at none.
     """
     own = frozenset() if images is None else images.text.image_ids
-    words = [replace(row, prompt_ids=[n for n in row.prompt_ids if n not in own], images=()) for row in rows]
+    # A prompt of images alone gets a word of its answer: something must predict the first token.
+    prompts = [[n for n in row.prompt_ids if n not in own] or row.chosen_ids[:1] for row in rows]
+    words = [replace(row, prompt_ids=prompt, images=()) for row, prompt in zip(rows, prompts, strict=True)]
     shortest = sorted(words, key=lambda row: len(row.prompt_ids) + sum(map(len, row.completions)))[:2]
     cut = [_cut(row) for row in (shortest * 2)[:2]]
     if images is not None:

@@ -36,11 +36,9 @@ def sight_of(model: nn.Module) -> ModelSight:
     """How a model treats the tokens of images. Holds none of its weights."""
     base = base_model(model)
     takes = inspect.signature(base.forward).parameters
-    mutual = MUTUAL.get(base.config.model_type)
     return ModelSight(
         types=next((name for name in TYPES if name in takes), None),
-        prefix=mutual == "prompt",
-        mutual=mutual,
+        mutual=MUTUAL.get(base.config.model_type),
         positions=_position_helper(base),
     )
 

@@ -22,24 +22,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from dpo_trainer.cli import parse_args
+from dpo_trainer.cli import run_script
+
+
+def demo(config, given):
+    from dpo_trainer.demo import run_demo
+
+    run_demo(config, given)
+
+
+def train(script, model, config):
+    from dpo_trainer.cli.build import build_trainer, train_and_save
+
+    train_and_save(build_trainer(script, model, config))
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        script, model, config, given = parse_args(argv)
-    except ValueError as error:
-        raise SystemExit(f"dpo.py: {error}") from None
-    if model.model_name_or_path is None:
-        from dpo_trainer.demo import run_demo
-
-        run_demo(config, given)
-        return
-    if "output_dir" not in given and config.process_index == 0:
-        print(f"No --output_dir was given: writing to {config.output_dir}.")
-    from dpo_trainer.cli.build import build_trainer, train_and_save  # slow to import, and --help does without
-
-    train_and_save(build_trainer(script, model, config))
+    run_script("dpo.py", argv, demo, train)
 
 
 if __name__ == "__main__":

@@ -20,25 +20,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from dpo_trainer.cli import parse_args
+from dpo_trainer.cli import run_script
 from dpo_trainer.online.config import OnlineDPOConfig
 
 
-def main(argv: list[str] | None = None) -> None:
-    try:
-        script, model, config, given = parse_args(argv, OnlineDPOConfig)
-    except ValueError as error:
-        raise SystemExit(f"dpo_online.py: {error}") from None
-    if model.model_name_or_path is None:
-        from dpo_trainer.demo.online import run_online_demo
+def demo(config, given):
+    from dpo_trainer.demo.online import run_online_demo
 
-        run_online_demo(config, given)
-        return
-    if "output_dir" not in given and config.process_index == 0:
-        print(f"No --output_dir was given: writing to {config.output_dir}.")
-    from dpo_trainer.cli.build import build_online_trainer, train_and_save  # slow to import, and --help does without
+    run_online_demo(config, given)
+
+
+def train(script, model, config):
+    from dpo_trainer.cli.build import build_online_trainer, train_and_save
 
     train_and_save(build_online_trainer(script, model, config))
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_script("dpo_online.py", argv, demo, train, OnlineDPOConfig)
 
 
 if __name__ == "__main__":

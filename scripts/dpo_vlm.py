@@ -15,22 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
-from dpo_trainer.cli import parse_args
+from dpo_trainer.cli import run_script
 
 
-def main(argv: list[str] | None = None) -> None:
-    try:
-        script, model, config, given = parse_args(argv)
-    except ValueError as error:
-        raise SystemExit(f"dpo_vlm.py: {error}") from None
-    if model.model_name_or_path is None:
-        from dpo_trainer.demo.looking import run_vision_demo
+def demo(config, given):
+    from dpo_trainer.demo.vision import run_vision_demo
 
-        run_vision_demo(config, given)
-        return
-    if "output_dir" not in given and config.process_index == 0:
-        print(f"No --output_dir was given: writing to {config.output_dir}.")
-    from dpo_trainer.cli.build import build_trainer, train_and_save  # slow to import, and --help does without
+    run_vision_demo(config, given)
+
+
+def train(script, model, config):
+    from dpo_trainer.cli.build import build_trainer, train_and_save
 
     trainer = build_trainer(script, model, config)
     if trainer.layout.images is None:
@@ -38,6 +33,10 @@ def main(argv: list[str] | None = None) -> None:
             f"dpo_vlm.py: {model.model_name_or_path} reads text alone, or has no processor beside it: train it with scripts/dpo.py."
         )
     train_and_save(trainer)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_script("dpo_vlm.py", argv, demo, train)
 
 
 if __name__ == "__main__":

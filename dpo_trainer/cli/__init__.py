@@ -2,5 +2,6 @@
 
 from .arguments import ModelArguments, ScriptArguments, make_peft_config, merged_init_kwargs
 from .parsing import parse_args
+from .script import run_script
 
-__all__ = ["ModelArguments", "ScriptArguments", "make_peft_config", "merged_init_kwargs", "parse_args"]
+__all__ = ["ModelArguments", "ScriptArguments", "make_peft_config", "merged_init_kwargs", "parse_args", "run_script"]

@@ -47,9 +47,9 @@ class DataCollatorForPreference:
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
         keyed: name every completion by its content, for a cache of reference log-probs.
         max_tokens: of one forward pass (flat: of the row; padded: rows x longest). None: the batch stays whole.
-        images: makes what a vision-language model takes of the images of rows; None for a model that reads text alone.
         pack_tokens: the same as an aim and not a ceiling, where there is no `max_tokens`: a longer row goes by itself, and a
             batch that is not larger stays whole.
+        images: makes what a vision-language model takes of the images of rows; None for a model that reads text alone.
 
     Raises:
         ValueError: for a row that has more than `max_tokens` by itself.

@@ -21,9 +21,15 @@ def content_id(pair: PairIds, images: Iterable[Any] = ()) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for ids in (pair.prompt, *pair.completions):
         digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
-    for stored in map(encoded, images):
-        digest.update(stored["bytes"] or str(stored["path"]).encode())
+    for image in images:
+        digest.update(stored_image(image))
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def stored_image(image: Any) -> bytes:
+    """16 bytes of a hash over an image as it is stored: its file's bytes, or its path."""
+    stored = encoded(image)
+    return hashlib.blake2b(stored["bytes"] or str(stored["path"]).encode(), digest_size=16).digest()
 
 
 def completion_keys(row: TokenizedPair) -> list[bytes]:

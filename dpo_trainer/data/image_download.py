@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
-import uuid
 from pathlib import Path
 
 import datasets
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
+from ..cache_folders import written_whole
 from .image_pixels import Unfit
 
 TIMEOUT_S = 30
@@ -32,13 +31,8 @@ def downloaded(url: str) -> Path:
     file = folder / hashlib.sha256(url.encode()).hexdigest()
     if not file.is_file():
         content = _fetched(url)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{file.name}.{uuid.uuid4().hex}.part"  # several workers may write the same one
-        try:
+        with written_whole(file) as part:
             part.write_bytes(content)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
     return file
 
 

@@ -7,7 +7,6 @@ prompt once, and so each image.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..batch import ImageBatch, ImageTensors, TokenizedPair
+from ..cache_folders import written_whole
 from .errors import clean
 from .image_source import ImageSource
 from .image_text import ImageText, processed
@@ -40,13 +40,12 @@ class ModelSight:
 
     Args:
         types: the argument of its forward that says which tokens they are; None where it has none.
-        prefix: `types` says 0 for prompts and 1 for completions instead (PaliGemma).
-        mutual: "images" or "prompt": whose tokens see each other both ways; None: all are causal.
+        mutual: "images" or "prompt": whose tokens see each other both ways; None: all are causal. For "prompt" `types` says 0
+            for prompts and 1 for completions instead (PaliGemma).
         positions: its own helper for positions in several dimensions (`get_rope_index`), without its weights.
     """
 
     types: str | None = None
-    prefix: bool = False
     mutual: str | None = None
     positions: Callable[..., tuple[Tensor, Any]] | None = None
 
@@ -162,7 +161,7 @@ class ImageInputs:
             return {}
         rows = [
             torch.tensor([0] * len(prompt) + [1] * len(ids))
-            if self.sight.prefix
+            if self.sight.mutual == "prompt"
             else self._image_types([*prompt, *ids])
             for prompt, ids in texts
         ]
@@ -242,14 +241,6 @@ def _read(path: Path) -> ImageTensors | None:
 
 
 def _write(path: Path, image: ImageTensors) -> None:
-    """Whole or not at all: several workers, and several runs, may write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        tensors = {name: tensor.contiguous() for name, tensor in image.tensors.items()}
-        save_file(tensors, temporary, metadata={"digest": image.digest.hex()})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    tensors = {name: tensor.contiguous() for name, tensor in image.tensors.items()}
+    with written_whole(path) as part:
+        save_file(tensors, part, metadata={"digest": image.digest.hex()})

@@ -1,8 +1,8 @@
 """What a processor writes into text for the images of a prompt.
 
 A prompt marks each image by the processor's placeholder (`<image>`, `<|image_pad|>`, ...), which its chat template writes for a
-part {"type": "image"} (image_places.py). The processor puts tokens in its place, and how many depends on the size of the image alone: so the
-token ids of a row are known before any image is processed, which its header is enough for.
+part {"type": "image"} (image_places.py). The processor puts tokens in its place, and how many depends on the size of the image
+alone: so the token ids of a row are known before any image is processed, from its header.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from PIL import Image
 from ..batch import Message
 from .encode import text_tokenizer
 from .errors import bad, clean
+from .image_pixels import Size
 from .image_places import check_count
 from .image_source import ImageAccess
 from .truncate import PairIds
 
 TEXT_OUTPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 REPLACED = "text_replacement_offsets"
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
 
 
 def is_processor(processing_class: Any) -> bool:
@@ -65,6 +63,11 @@ class ImageText:
                 f"{type(self.processor).__name__} does not say how it writes images into text (image_token, "
                 "replace_image_token): update transformers, or use a model whose processor does."
             )
+
+    @classmethod
+    def of(cls, processing_class: Any, access: ImageAccess) -> ImageText | None:
+        """Of a processor; None for a tokenizer."""
+        return cls(processing_class, access) if is_processor(processing_class) else None
 
     @property
     def placeholder(self) -> str:
@@ -157,8 +160,6 @@ class ImageText:
 
     def write(self, prompt: str, sizes: Sequence[Size], where: str) -> str:
         """A prompt as the processor has it: the placeholders replaced, and what it adds of its own."""
-        if not sizes:
-            return prompt
         pieces = self._laid_out(prompt, len(sizes))
         check_count(len(pieces) - 1, len(sizes), where, f"{self.placeholder!r}")
         standing = [self._of_size(size) for size in sizes]

@@ -17,7 +17,7 @@ from .content import content_id
 from .encode import text_tokenizer
 from .image_columns import alike, beside, image_columns, undecoded
 from .image_source import images_of
-from .image_text import ImageText, is_processor
+from .image_text import ImageText
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
 from .needs import Needs
 from .options import DataOptions
@@ -53,7 +53,7 @@ def prepare_dataset(
     """
     options = options or DataOptions()
     source = _source(dataset)
-    images = ImageText(tokenizer, options.image_access) if is_processor(tokenizer) else None
+    images = ImageText.of(tokenizer, options.image_access)
     tokenizer = text_tokenizer(tokenizer)
     mapper = PairMapper(
         tokenizer=tokenizer,

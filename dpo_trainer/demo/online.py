@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..online.trainer import OnlineDPOTrainer
 from . import results, world
 from .base_model import demo_model_and_tokenizer
 from .results import Goal, Measurement, SavedModel
-from .run import one_thread
+from .run import one_thread, set_by_user
 
 PROMPTS_OF_TARGET = 256  # and as many of all other names together
 
@@ -78,8 +77,7 @@ def run_online_demo(config: OnlineDPOConfig, given: Collection[str]) -> list[Goa
         given: which of them the user set. The others take the demo's defaults.
     """
     began = time.perf_counter()
-    own = {option.name for option in fields(OnlineDPOConfig) if option.init}
-    options = online_demo_defaults() | {name: getattr(config, name) for name in given if name in own}
+    options = online_demo_defaults() | set_by_user(config, given)
     options |= {"beta": config.betas} if "beta" in given else {}
     config = OnlineDPOConfig(**options)
     with one_thread():

@@ -129,7 +129,11 @@ def table(measured: Sequence[Measurement]) -> str:
     header += [f"{control}: drift", "worst drift of 15"]
     numbers = ["target_pizza", "target_well_formed", "control_pizza", "control_well_formed"]
     numbers += ["control_drift", "worst_drift"]
-    rows = [[m.label, *(f"{getattr(m, name):.3f}" for name in numbers)] for m in measured]
+    return aligned(header, [[m.label, *(f"{getattr(m, name):.3f}" for name in numbers)] for m in measured])
+
+
+def aligned(header: list[str], rows: Sequence[list[str]]) -> str:
+    """Markdown, its columns one below the other."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (header, rule, *rows)]

@@ -66,8 +66,13 @@ def demo_config_defaults() -> dict[str, Any]:
 
 def demo_config(config: DPOConfig, given: Collection[str]) -> DPOConfig:
     """The demo's options, with those of `config` that the user set (`given`) before them."""
-    own = {option.name for option in fields(DPOConfig) if option.init}
-    return DPOConfig(**demo_config_defaults() | {name: getattr(config, name) for name in given if name in own})
+    return DPOConfig(**demo_config_defaults() | set_by_user(config, given))
+
+
+def set_by_user(config: DPOConfig, given: Collection[str]) -> dict[str, Any]:
+    """Of the options that the user set, those of the trainer."""
+    own = {option.name for option in fields(config) if option.init}
+    return {name: getattr(config, name) for name in given if name in own}
 
 
 def run_demo(config: DPOConfig, given: Collection[str]) -> DemoResult | None:

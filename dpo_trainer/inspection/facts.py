@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.image_source import encoded
+from ..data.content import stored_image
 from ..data.report import Flag
 from .measure import RowSizes
 from .rows import Row
@@ -52,7 +52,7 @@ def _keys(row: Row) -> Keys:
     source = row.ids if row.pair is None else row.pair
     prompt: Any = source.prompt
     if row.pair is not None:
-        images = [str(value) for image in row.pair.images for value in encoded(image).values()]
+        images = [stored_image(image).hex() for image in row.pair.images]
         prompt = [prompt, row.pair.tools, row.pair.chat_template_kwargs, images]
     return Keys(
         row=row.number,

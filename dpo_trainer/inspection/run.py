@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from ..cli import ModelArguments, ScriptArguments
 from ..config import DPOConfig
 from ..data.encode import eos_token_id, text_tokenizer
-from ..data.image_text import ImageText, is_processor
+from ..data.image_text import ImageText
 from ..data.options import DataOptions
 from ..loading import load_processing_class
 from .arguments import InspectionArguments
@@ -77,7 +77,7 @@ def inspect(
     model = ModelArguments(model_name_or_path=model) if isinstance(model, str) else model
     arguments = arguments or InspectionArguments()
     options = DataOptions.from_config(config)
-    images = ImageText(tokenizer, options.image_access) if is_processor(tokenizer) else None
+    images = ImageText.of(tokenizer, options.image_access)
     tokenizer = text_tokenizer(tokenizer)
     reader = RowReader(
         tokenizer=tokenizer,

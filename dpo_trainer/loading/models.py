@@ -54,7 +54,8 @@ def load_model(
     trust_remote_code: bool = False,
     quantization_config: Any = None,
 ) -> PreTrainedModel | PeftModel:
-    """A causal language model, which may see images too, by hub id or local folder; a PEFT adapter comes with its base and stays trainable."""
+    """A causal language model, which may see images too, by hub id or local folder; a PEFT adapter comes with its base and
+    stays trainable."""
     kwargs = _checked_init_kwargs(model_init_kwargs)
     own = {"trust_remote_code": trust_remote_code, "quantization_config": quantization_config}
     revision = kwargs.get("revision")

@@ -25,6 +25,7 @@ import vision_rows
 import zoo
 from torch import Tensor, nn
 
+import dpo_trainer.layout
 import dpo_trainer.vision
 from dpo_trainer import DPOTrainer
 from dpo_trainer.batch import PairBatch, PairLogps, TokenizedPair
@@ -437,6 +438,15 @@ def test_the_check_sees_an_image_where_the_first_batch_has_none(monkeypatch, tmp
     rows = [*vision_rows.rows()[2:3], *vision_rows.rows()[:1]]
     made = vision_rows.trained(tmp_path, "gemma3", train=vision_rows.dataset(rows), max_steps=1, **ONE_BY_ONE)
     assert made.layout.name == "padded"
+
+
+def test_the_check_has_words_where_prompts_are_images_alone(fresh):
+    """The prompts of its rows would be empty without the images, and nothing would predict the first token."""
+    made = fresh("llava")
+    ids, _ = made.layout.images.probe
+    alone = [n for n in ids if n in made.layout.images.text.image_ids]
+    row = dataclasses.replace(read_row(made.train_dataset[0], 0), prompt_ids=alone)
+    assert all(short.prompt_ids for short in dpo_trainer.layout._short([row], made.layout.images))
 
 
 def test_layout_flat_is_refused_where_it_would_be_wrong(monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from ..config import DPOConfig
 from ..durable import STOPPED_BY_SIGNAL
 from ..trainer import DPOTrainer
 from . import world
-from .drawings import DIFFERENCES, THINGS, Example, examples, shuffled
-from .llava import answer_logps, base_model, processor, said
-from .looking_page import Shown, write_page
-from .results import Goal
-from .run import one_thread
+from .pictures import DIFFERENCES, THINGS, Example, examples, shuffled
+from .results import Goal, aligned
+from .run import one_thread, set_by_user
+from .vision_model import answer_logps, base_model, processor, said
+from .vision_page import Shown, write_page
 
 TRAINING, HELD_OUT = 4800, 480  # pictures
 
@@ -63,8 +63,7 @@ def run_vision_demo(config: DPOConfig, given: Collection[str]) -> list[Goal] | N
         given: which of them the user set. The others take the demo's defaults.
     """
     began = time.perf_counter()
-    own = {option.name for option in fields(DPOConfig) if option.init}
-    config = DPOConfig(**vision_demo_defaults() | {name: getattr(config, name) for name in given if name in own})
+    config = DPOConfig(**vision_demo_defaults() | set_by_user(config, given))
     with one_thread():
         base = Path(config.output_dir) / "base"
         with config.main_process_first(desc="the demo's base model"):
@@ -173,7 +172,4 @@ def table(looks: Sequence[Look]) -> str:
     cells = [
         [x.label, *(f"{n:.3f}" for n in (x.prefers, *x.by_difference.values(), x.says, x.well_formed))] for x in looks
     ]
-    widths = [max(len(cell) for cell in column) for column in zip(header, *cells, strict=True)]
-    rule = ["-" * width for width in widths]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (header, rule, *cells)]
-    return "\n".join(f"| {line} |" for line in lines)
+    return aligned(header, cells)

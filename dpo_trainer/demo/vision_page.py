@@ -45,7 +45,7 @@ def page(pairs: Sequence[Shown]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template("looking.html").render(pairs=pairs)
+    return environment.get_template("vision.html").render(pairs=pairs)
 
 
 def sheet(pairs: Sequence[Shown]) -> Figure:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from . import world
-from .drawings import QUESTION, SIDE, THINGS, Example, Thing, examples, prompt
+from .pictures import QUESTION, SIDE, THINGS, Example, Thing, examples, prompt
 
 IMAGE = "<image>"
 PATCH = 8

@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 
 from dpo_trainer import DPOConfig
-from dpo_trainer.demo import looking
-from dpo_trainer.demo.drawings import DIFFERENCES, THINGS, differ, examples, shuffled
-from dpo_trainer.demo.looking_page import Shown, page, sheet
+from dpo_trainer.demo import vision
+from dpo_trainer.demo.pictures import DIFFERENCES, THINGS, differ, examples, shuffled
+from dpo_trainer.demo.vision_page import Shown, page, sheet
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[Path, list[looking.Goal]]:
+def demo(tmp_path_factory) -> tuple[Path, list[vision.Goal]]:
     """Its folder and its goals, after a run with its own options."""
-    folder = tmp_path_factory.mktemp("looking")
+    folder = tmp_path_factory.mktemp("vision")
     config = DPOConfig(output_dir=str(folder), disable_tqdm=True)
-    return folder, looking.run_vision_demo(config, {"output_dir", "disable_tqdm"}) or []
+    return folder, vision.run_vision_demo(config, {"output_dir", "disable_tqdm"}) or []
 
 
 def test_reaches_its_goals(demo):
@@ -33,7 +33,7 @@ def test_reaches_its_goals(demo):
 def test_begins_at_chance_and_well_formed(demo):
     """480 guesses are within 0.1 of a half unless something is wrong: four standard deviations."""
     folder, _ = demo
-    before = looking.look(folder / "base", "base", examples(480, held_out=True, seed=42))
+    before = vision.look(folder / "base", "base", examples(480, held_out=True, seed=42))
     assert 0.4 < before.prefers < 0.6
     assert before.says < 0.15
     assert before.well_formed > 0.95
