@@ -26,9 +26,9 @@ STAGE_OF_GRADIENTS = 2
 """Of ZeRO: the first whose ranks keep a part of the gradients, and so exchange them in every backward."""
 
 
-PACK_TOKENS = 1024
-"""Of a part on a CPU, where nobody asked for parts: faster than large ones and as fast as smaller ones, and the activations of a
-batch are never there at once (benchmarks/NOTES.md)."""
+PACK_TOKENS = 512
+"""Of a part on a CPU, where nobody asked for parts: faster than the whole, about as fast as parts of any size between, and of less
+memory (benchmarks/NOTES.md)."""
 
 
 def tokens_of_a_part(args: DPOConfig, objective: Objective) -> int | None:

@@ -26,12 +26,20 @@ from test_invariances import run as run_with_checkpoints
 from torch import Tensor, nn
 
 from dpo_trainer import DataCollatorForPreference, DPOTrainer, register_loss
-from dpo_trainer.batch import MICRO_BATCHES, PairBatch, PairLogps, micro_batches
+from dpo_trainer.batch import MICRO_BATCHES, PairBatch, PairLogps, TokenizedPair, micro_batches
 from dpo_trainer.data import FEATURES
-from dpo_trainer.data.packs import check_rows_fit
+from dpo_trainer.data.collate import read_row
+from dpo_trainer.data.packs import check_rows_fit, even_places, flat_size, packed_places
 from dpo_trainer.fillers import unweigh_fillers
 from dpo_trainer.layout import Layout
-from dpo_trainer.micro_batches import even_parts, in_row_order, keeps_ranks_in_step, step_through, weighted_mean
+from dpo_trainer.micro_batches import (
+    PACK_TOKENS,
+    even_parts,
+    in_row_order,
+    keeps_ranks_in_step,
+    step_through,
+    weighted_mean,
+)
 
 # float32 on CPU, the same products added up in another order: worst seen 1.2e-7 in a weight, in runs that
 # move weights by more than 0.005 (asserted).
@@ -170,7 +178,8 @@ def test_resume_to_the_bit(tmp_path):
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 @pytest.mark.parametrize("ranked", [False, True], ids=["pairs", "ranked"])
 def test_evaluation_is_the_same(ranked, layout, tmp_path, monkeypatch):
-    """Metrics, and what `compute_metrics` receives: every pair once, in the order of the rows."""
+    """Metrics, and what `compute_metrics` receives: every pair once, in the order of the rows. Beside whole batches."""
+    monkeypatch.setattr("dpo_trainer.run_collator.tokens_of_a_part", lambda args, objective: None)
     rows = ranked_table() if ranked else tiny.dataset(11, seed=3)
     seen: list[Any] = []
     metrics = []
@@ -247,6 +256,37 @@ def test_parts_hold_every_pair_once_within_the_budget(rows, layout, multiple, ro
     values = [{"example_ids": part["example_ids"]} for part in parts]
     real = [torch.ones_like(part["row"], dtype=torch.bool) for part in parts]
     assert in_row_order(values, parts, real)["example_ids"].tolist() == whole["example_ids"].tolist()
+
+
+@given(drawn_rows(), st.integers(1, 150), st.sampled_from([None, 4]))
+def test_rows_are_dealt_evenly_into_no_more_parts_than_one_by_one(rows, budget, multiple):
+    read = [read_row(row, place) for place, row in enumerate(rows)]
+    dealt, one_by_one = (
+        even_places(read, budget, multiple),
+        list(packed_places(read, budget, padded=False, multiple=multiple)),
+    )
+    assert sorted(place for places in dealt for place in places) == list(range(len(rows)))
+    assert len(dealt) <= len(one_by_one)
+    for places in dealt:
+        assert len(places) == 1 or flat_size([read[place] for place in places], multiple) <= budget
+    # The fullest part got its last row when it was the emptiest.
+    sizes = [flat_size([read[place] for place in places]) for places in dealt]
+    assert dealt == one_by_one or max(sizes) - min(sizes) <= max(flat_size([row]) for row in read)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "parts"),
+    [
+        ([50, 40, 40, 30, 20, 20], 100, [100, 100]),  # one by one: 90, 90, 20
+        ([60, 30, 20], 100, [50, 60]),  # one by one: 90, 20
+        ([30, 30, 20, 20, 20], 60, [60, 60]),  # to the emptiest: 70 and 50, above the budget, so one by one
+        ([150, 40, 40], 100, [80, 150]),
+    ],
+)
+def test_sizes_of_parts_by_hand(lengths, budget, parts):
+    rows = [TokenizedPair(example_id=0, prompt_ids=[1] * (n - 2), chosen_ids=[1], rejected_ids=[1]) for n in lengths]
+    dealt = even_places(rows, budget)
+    assert sorted(sum(lengths[place] for place in places) for places in dealt) == parts
 
 
 @pytest.mark.parametrize(("layout", "size"), [("flat", 3 + 5 + 2), ("padded", 2 * (3 + 5))])
@@ -555,13 +595,13 @@ def long_rows(n: int, words: int) -> Dataset:
 
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_large_batches_are_computed_in_parts_on_a_cpu(tmp_path, monkeypatch, layout):
-    """8 rows of about 230 tokens in the flat layout, 3 of them in a part; the same as whole."""
+    """8 rows of about 230 tokens in the flat layout, 2 of them in a part; the same as whole."""
     how = {"train": long_rows(16, words=50), "max_steps": 2, "layout": layout}
     parts, sizes = trained(tmp_path / "parts", None, **how)
     monkeypatch.setattr("dpo_trainer.run_collator.tokens_of_a_part", lambda args, objective: None)
     whole, at_once = trained(tmp_path / "whole", None, **how)
     assert len(at_once) == 2 < len(sizes)
-    assert max(sizes) <= 1024 < min(at_once)
+    assert max(sizes) <= PACK_TOKENS < min(at_once)
     assert tiny.losses(parts) == pytest.approx(tiny.losses(whole), abs=LOSS_ATOL)
     tiny.assert_same_weights(tiny.weights(parts.model), tiny.weights(whole.model), WEIGHT_ATOL)
 
@@ -571,19 +611,19 @@ def test_a_row_above_the_size_of_a_part_goes_by_itself(tmp_path):
     model = tiny.llama(max_position_embeddings=2048)
     _, sizes = trained(tmp_path, None, model=model, train=long_rows(8, words=300), max_steps=1, max_length=None)
     assert len(sizes) == 8
-    assert min(sizes) > 1024
+    assert min(sizes) > PACK_TOKENS
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "aot"}, {"rpo_alpha": 1.0, "rpo_normalization": "token"}])
 def test_losses_that_couple_pairs_see_the_whole_batch(tmp_path, options):
     _, sizes = trained(tmp_path, None, train=long_rows(8, words=50), max_steps=1, **options)
     assert len(sizes) == 1
-    assert sizes[0] > 1024
+    assert sizes[0] > PACK_TOKENS
 
 
 def test_a_batch_that_is_not_larger_stays_as_it_was(tmp_path):
     trainer = tiny.trainer(tmp_path)
-    assert trainer.data_collator.pack_tokens == 1024
+    assert trainer.data_collator.pack_tokens == PACK_TOKENS
     assert all(MICRO_BATCHES not in batch for batch in trainer.get_train_dataloader())
 
 

@@ -21,7 +21,7 @@ from .columns import PREPARED, TOKENIZED
 from .content import completion_keys
 from .image_inputs import ImageInputs
 from .image_source import images_of
-from .packs import check_fits, flat_size, packed_places, padded_size, rounded_up
+from .packs import check_fits, even_places, flat_size, packed_places, padded_size, rounded_up
 from .schema import weight_from_row
 from .tokenized import example_id_from_row, ids_from_row
 
@@ -86,9 +86,15 @@ class DataCollatorForPreference:
 
     def _split(self, rows: Sequence[TokenizedPair], max_tokens: int) -> dict[str, Any]:
         """In parts, also where one is enough: ranks that go in step add to them."""
-        padded, multiple = self.layout == "padded", self.pad_to_multiple_of
+        multiple = self.pad_to_multiple_of
+        flat = self.layout == "flat"
+        dealt = (
+            even_places(rows, max_tokens, multiple)
+            if flat
+            else packed_places(rows, max_tokens, padded=True, multiple=multiple)
+        )
         parts = []
-        for places in map(sorted, packed_places(rows, max_tokens, padded=padded, multiple=multiple)):
+        for places in map(sorted, dealt):
             part = self._inputs([rows[place] for place in places])
             parts.append(part | {"row": torch.tensor(places)[part["row"]]})
         # First, and of all pairs: accelerate and Trainer take the batch size from the first tensor that they find.

@@ -40,6 +40,23 @@ def packed_places(
         yield pack
 
 
+def even_places(rows: Sequence[TokenizedPair], max_tokens: int, multiple: int | None = None) -> list[list[int]]:
+    """The same for flat rows, and of like size, since a step needs memory for the largest pack: each row, from the longest to
+    the shortest, goes to the pack that has fewest tokens."""
+    lengths = [flat_size([row]) for row in rows]
+    one_by_one = list(packed_places(rows, max_tokens, padded=False, multiple=multiple))
+    for count in range(-(-sum(lengths) // max_tokens), len(one_by_one) + 1):
+        dealt: list[list[int]] = [[] for _ in range(count)]
+        tokens = [0] * count
+        for place in sorted(range(len(rows)), key=lengths.__getitem__, reverse=True):
+            emptiest = tokens.index(min(tokens))
+            dealt[emptiest].append(place)
+            tokens[emptiest] += lengths[place]
+        if all(rounded_up(n, multiple) <= max_tokens or len(pack) == 1 for pack, n in zip(dealt, tokens, strict=True)):
+            return dealt
+    return one_by_one
+
+
 def flat_size(rows: Sequence[TokenizedPair], multiple: int | None = None) -> int:
     return rounded_up(sum(len(row.prompt_ids) + sum(map(len, row.completions)) for row in rows), multiple)
 
