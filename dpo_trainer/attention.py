@@ -107,6 +107,11 @@ def _visible(q: int, k: int, window: int | None, device: torch.device, mutual: M
     return seen if window is None else seen.triu(k - q - window + 1)
 
 
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same as what is added to scores."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
 def _sdpa(
     query: Tensor,
     key: Tensor,
@@ -130,9 +135,11 @@ def _sdpa(
     window = None if window is None or window >= k else window
     plain = q == k and window is None and not mutual
     mask = None
-    if not plain:  # all layers of the batch share it
+    if (
+        not plain
+    ):  # all layers of the batch share it: of booleans the kernel would make, and keep, one like this in each
         what = (q, k, window, query.device, mutual)
-        mask = segments.remember(what, lambda: _visible(*what))
+        mask = segments.remember((what, query.dtype), lambda: _added(_visible(*what), query.dtype))
     return F.scaled_dot_product_attention(
         query,
         key,

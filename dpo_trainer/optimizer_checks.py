@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 from transformers.training_args import OptimizerNames
 
@@ -47,14 +48,38 @@ def check_optimizer(config: DPOConfig) -> None:
     config.optim = OptimizerNames(name)
     if name not in OF_TORCH or config.optim_args:
         _make(config)
+    for key in (pair.split("=")[0] for pair in (config.optim_args or "").replace(" ", "").split(",") if pair):
+        if not _is_read(config, key):
+            raise ValueError(
+                f"--optim_args: {key} would be ignored by --optim {name}. Correct the name or leave it out; learning rate, betas, "
+                "epsilon and weight decay are options of their own (--learning_rate, --adam_beta1, --weight_decay ...)."
+            )
+
+
+def _is_read(config: DPOConfig, key: str) -> bool:
+    """Whether its value makes any difference; a number, a boolean and nonsense do, one from another, or fail."""
+
+    def made_with(value: str) -> str:
+        other = copy.copy(config)
+        other.optim_args = f"{key}={value}"
+        try:
+            return repr(_class_and_settings(other))
+        except Exception as error:
+            return repr(error)
+
+    return len({made_with(value) for value in ("0.75", "true", "nonsense")}) > 1
+
+
+def _class_and_settings(config: DPOConfig) -> tuple[Any, Any]:
+    from transformers import Trainer  # slow to import, and most runs do not need it here
+
+    return Trainer.get_optimizer_cls_and_kwargs(config)
 
 
 def _make(config: DPOConfig) -> None:
     """As the run will, to see now what fails."""
-    from transformers import Trainer  # slow to import, and most runs do not need it here
-
     try:
-        Trainer.get_optimizer_cls_and_kwargs(config)
+        _class_and_settings(config)
     except Exception as error:  # of whatever package
         given = f"--optim {config.optim.value}" + (f" --optim_args {config.optim_args}" if config.optim_args else "")
         raise ValueError(

@@ -104,6 +104,32 @@ def test_arguments_of_optimizers(tmp_path):
     assert "--lora_target_modules" in message
 
 
+@pytest.mark.parametrize(
+    ("optim", "given", "ignored"),
+    [
+        ("adamw_torch", "weight_decay=0.1", "weight_decay"),
+        ("sgd", "momentum=0.9,nestrov=true", "nestrov"),
+        ("rmsprop", "alpha=0.9, centred=true", "centred"),
+    ],
+)
+def test_arguments_that_would_be_ignored(optim, given, ignored, tmp_path):
+    assert f"--optim_args: {ignored} would be ignored by --optim {optim}." in refused(
+        tmp_path, optim=optim, optim_args=given
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim", "given"),
+    [
+        ("sgd", "momentum=0.0, nesterov=false"),  # defaults, and read all the same
+        ("rmsprop", "alpha=0.9,centered=true"),
+        ("adagrad", "lr_decay=0"),
+    ],
+)
+def test_arguments_that_are_read(optim, given, tmp_path):
+    assert tiny.config(tmp_path, optim=optim, optim_args=given).optim_args == given
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", OptimizerNames.ADAMW_TORCH])
 def test_a_name_as_text_or_as_transformers_has_it(optim, tmp_path):
     assert tiny.config(tmp_path, optim=optim).optim is OptimizerNames.ADAMW_TORCH

@@ -32,6 +32,11 @@ def check_sampler(args: OnlineDPOConfig, ref_model: Any, generator: Any) -> None
             "Sampling by transformers needs the whole model on every process, and FSDP and ZeRO-3 cut it: use DDP or ZeRO-1/2 "
             "(accelerate_configs/), or a generator of your own."
         )
+    if generator is not None and args.generator != "transformers":
+        raise ValueError(
+            f"--generator {args.generator} would be ignored beside a generator object: leave one of them out, and where that is the "
+            "option, it is 'transformers', its default."
+        )
     if args.generator.startswith("vllm") and ref_model is not None:
         raise ValueError(
             f"--generator {args.generator} knows the policy's base model and its adapter, and no ref_model (--ref_model_name_or_path): "

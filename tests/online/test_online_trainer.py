@@ -754,3 +754,9 @@ def test_the_model_card_says_online(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         online.save_model()
     assert "online-dpo" in (tmp_path / "README.md").read_text()
+
+
+def test_an_option_beside_a_generator_object_is_not_ignored(tmp_path):
+    args = online_tiny.config(tmp_path, generator="continuous")
+    with pytest.raises(ValueError, match="--generator continuous would be ignored beside a generator object"):
+        online_tiny.trainer(tmp_path, generator=wordy(), parts={"args": args})

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,11 @@ def trained(folder: Path | str, family: str = "qwen3_vl", **how: Any) -> DPOTrai
 
 
 def collated(made: DPOTrainer, places: Sequence[int] | None = None) -> dict[str, Any]:
-    """Rows of its training data (all) as the trainer's collator makes a batch of them."""
+    """Rows of its training data (all) as the trainer's collator makes a batch of them, not in parts."""
     table: Any = made.train_dataset
-    return made.data_collator([table[place] for place in (range(len(table)) if places is None else places)])
+    return replace(made.data_collator, pack_tokens=None)(
+        [table[place] for place in (range(len(table)) if places is None else places)]
+    )
 
 
 def tower_of(model: nn.Module) -> Any:
