@@ -72,7 +72,7 @@ def one_by_one(ids: PairIds, limits: Limits) -> Cut | None:
 @st.composite
 def prompts(draw: Any, *, images: bool) -> tuple[Ids, tuple[tuple[int, int], ...]]:
     """Words, all different, and spans among them; perhaps a BOS first."""
-    prompt, spans = [BOS] * draw(st.booleans()), []
+    prompt, spans = [BOS] * draw(st.integers(0, 3).map(bool)), []
     word = iter(range(10, 1000))
     for _ in range(draw(st.integers(1, 3)) if images else 0):
         prompt += [next(word) for _ in range(draw(st.integers(0, 4)))]
@@ -91,7 +91,7 @@ all_limits = st.builds(
     max_prompt_length=limit,
     max_completion_length=st.none() | st.integers(1, 6),
     truncation_mode=st.sampled_from(["keep_start", "keep_end"]),
-    bos_token_id=st.sampled_from([None, BOS]),
+    bos_token_id=st.sampled_from([None, BOS, BOS, BOS]),
 )
 answers = st.lists(st.integers(10, 12), min_size=1, max_size=8)
 
