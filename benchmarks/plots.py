@@ -11,33 +11,19 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "dpo_trainer"  # the same figures give the same file
 import matplotlib.pyplot as plt  # noqa: E402
-from cases import BATCHES, LENGTHS, RANKED, VOCABULARIES  # noqa: E402
-
-Records = dict[str, dict[str, Any]]
-
-GROWTH: dict[str, tuple[str, dict[str, float]]] = {
-    "growth-length": ("tokens of prompt + answer, batch 1", {f"length-{n}": n for n in LENGTHS}),
-    "growth-batch": ("pairs of HH in a batch", {f"hh-b{n}": n for n in BATCHES}),
-    "growth-ranked": ("completions of a prompt", {f"ranked-{n}": n for n in RANKED}),
-    "growth-vocabulary": ("words of the vocabulary", {f"vocab-{n}": size for n, size in VOCABULARIES.items()}),
-}
+from targets import Record, Records, growth, valid  # noqa: E402
 
 
 def draw(records: Records, folder: Path) -> list[Path]:
-    """Every plot that at least two points of the records can fill."""
-    valid = {name: record for name, record in records.items() if not record["void"]}
+    """Every plot that the records can fill."""
     paths = [
-        save(
-            growth_plot({x: valid[name] for name, x in points.items() if name in valid}, label), folder / f"{plot}.svg"
-        )
-        for plot, (label, points) in GROWTH.items()
-        if len(set(points) & set(valid)) > 1
+        save(growth_plot(points, label), folder / f"{plot}.svg") for plot, (label, points) in growth(records).items()
     ]
-    curves = {name: record for name, record in valid.items() if name.startswith("quality-")}
+    curves = {name: record for name, record in valid(records).items() if name.startswith("quality-")}
     return paths + ([save(quality_plot(curves), folder / "quality.svg")] if curves else [])
 
 
-def growth_plot(points: dict[float, dict[str, Any]], label: str) -> plt.Figure:
+def growth_plot(points: dict[float, Record], label: str) -> plt.Figure:
     """Rate and memory of every side, both axes logarithmic."""
     figure, (rate, memory) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     sides = dict.fromkeys(side for record in points.values() for side in record["summary"] if side != "ratio")

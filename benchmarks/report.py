@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from cases import CASES
-from targets import Record, Records, rate, table, target_table
+from targets import Record, Records, growth, rate, table, target_table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = {"hh": "hh-b8", "hh-checkpointing": "hh-b8-gc", "ultrafeedback": "ultrafeedback-b8"}
@@ -78,7 +78,12 @@ def as_markdown(records: Records) -> str:
         "What `python benchmarks/suite.py` has measured; made by `python benchmarks/report.py`.",
     ]
     lines += ["", "## Targets", "", *target_table(records), "", "## Cases", "", *case_table(records)]
-    lines += ["", *legend(), "", "## Where and how", ""]
+    lines += ["", *legend()]
+    plots = [
+        f"![Pairs per CPU second and peak memory by {what}]({plot}.svg)" for plot, (what, _) in growth(records).items()
+    ]
+    lines += ["", "## Growth", "", *plots] if plots else []
+    lines += ["", "## Where and how", ""]
     lines += [f"* {where(record)}" for record in records.values()]
     return "\n".join([*lines, ""])
 

@@ -1,4 +1,4 @@
-"""The targets of the suite, and what its records say about them."""
+"""The targets of the suite, what its records say about them, and how figures grow."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from cases import BATCHES, LENGTHS, RANKED, VOCABULARIES
+
 Record = dict[str, Any]
 Records = dict[str, Record]
+
+GROWTH: dict[str, tuple[str, dict[str, float]]] = {
+    "growth-length": ("tokens of prompt + answer, batch 1", {f"length-{n}": n for n in LENGTHS}),
+    "growth-batch": ("pairs of HH in a batch", {f"hh-b{n}": n for n in BATCHES}),
+    "growth-ranked": ("completions of a prompt", {f"ranked-{n}": n for n in RANKED}),
+    "growth-vocabulary": ("words of the vocabulary", {f"vocab-{n}": size for n, size in VOCABULARIES.items()}),
+}
+"""Plots: what grows, and the cases with its values."""
+
+
+def valid(records: Records) -> Records:
+    return {name: record for name, record in records.items() if not record["void"]}
+
+
+def growth(records: Records) -> dict[str, tuple[str, dict[float, Record]]]:
+    """Plots that at least two valid records fill: what grows, and the records by its values."""
+    there = valid(records)
+    filled = {
+        plot: (label, {x: there[name] for name, x in points.items() if name in there})
+        for plot, (label, points) in GROWTH.items()
+    }
+    return {plot: (label, points) for plot, (label, points) in filled.items() if len(points) > 1}
 
 
 def rate(record: Record) -> str:

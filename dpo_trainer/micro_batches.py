@@ -27,8 +27,8 @@ STAGE_OF_GRADIENTS = 2
 
 
 PACK_TOKENS = 512
-"""Of a part on a CPU, where nobody asked for parts: faster than the whole, about as fast as parts of any size between, and of less
-memory (benchmarks/NOTES.md)."""
+"""Of a part on a CPU, where nobody asked for parts, unless a row is longer: faster than the whole, about as fast as parts of any size
+between, and of less memory (benchmarks/NOTES.md)."""
 
 
 def tokens_of_a_part(args: DPOConfig, objective: Objective) -> int | None:

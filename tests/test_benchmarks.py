@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -393,6 +394,7 @@ def test_plots_of_hand_made_records(tmp_path):
     records["quality-hh"] = record_of("quality-hh", [run_of(side, **curve) for side in ("ours", "trl")])
     paths = plots.draw(records, tmp_path)
     assert [path.name for path in paths] == ["growth-length.svg", "quality.svg"]
+    assert re.findall(r"\((growth-.*\.svg)\)", report.as_markdown(records)) == ["growth-length.svg"]
     first = paths[0].read_bytes()
     plots.draw(records, tmp_path)
     assert paths[0].read_bytes() == first

@@ -258,20 +258,19 @@ def test_parts_hold_every_pair_once_within_the_budget(rows, layout, multiple, ro
     assert in_row_order(values, parts, real)["example_ids"].tolist() == whole["example_ids"].tolist()
 
 
-@given(drawn_rows(), st.integers(1, 150), st.sampled_from([None, 4]))
-def test_rows_are_dealt_evenly_into_no_more_parts_than_one_by_one(rows, budget, multiple):
+@given(drawn_rows(), st.integers(0, 150), st.sampled_from([None, 4]))
+def test_rows_are_dealt_evenly_into_no_more_parts_than_one_by_one(rows, room, multiple):
     read = [read_row(row, place) for place, row in enumerate(rows)]
-    dealt, one_by_one = (
-        even_places(read, budget, multiple),
-        list(packed_places(read, budget, padded=False, multiple=multiple)),
-    )
+    longest = max(flat_size([row], multiple) for row in read)
+    budget = longest + room
+    dealt = even_places(read, budget, multiple)
+    one_by_one = list(packed_places(read, budget, padded=False, multiple=multiple))
     assert sorted(place for places in dealt for place in places) == list(range(len(rows)))
     assert len(dealt) <= len(one_by_one)
-    for places in dealt:
-        assert len(places) == 1 or flat_size([read[place] for place in places], multiple) <= budget
+    assert all(flat_size([read[place] for place in places], multiple) <= budget for places in dealt)
     # The fullest part got its last row when it was the emptiest.
     sizes = [flat_size([read[place] for place in places]) for places in dealt]
-    assert dealt == one_by_one or max(sizes) - min(sizes) <= max(flat_size([row]) for row in read)
+    assert dealt == one_by_one or max(sizes) - min(sizes) <= longest
 
 
 @pytest.mark.parametrize(
@@ -280,7 +279,6 @@ def test_rows_are_dealt_evenly_into_no_more_parts_than_one_by_one(rows, budget, 
         ([50, 40, 40, 30, 20, 20], 100, [100, 100]),  # one by one: 90, 90, 20
         ([60, 30, 20], 100, [50, 60]),  # one by one: 90, 20
         ([30, 30, 20, 20, 20], 60, [60, 60]),  # to the emptiest: 70 and 50, above the budget, so one by one
-        ([150, 40, 40], 100, [80, 150]),
     ],
 )
 def test_sizes_of_parts_by_hand(lengths, budget, parts):
@@ -612,6 +610,16 @@ def test_a_row_above_the_size_of_a_part_goes_by_itself(tmp_path):
     _, sizes = trained(tmp_path, None, model=model, train=long_rows(8, words=300), max_steps=1, max_length=None)
     assert len(sizes) == 8
     assert min(sizes) > PACK_TOKENS
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_parts_are_as_large_as_a_longer_row(layout):
+    """It needs its memory in any case. Padded, it is as wide as no other."""
+    row = {"prompt_ids": [5] * 100, "chosen_ids": [6] * 10, "rejected_ids": [7] * 10}
+    long = row | {"prompt_ids": [5] * 700}
+    collate = DataCollatorForPreference(tiny.PAD, layout, pack_tokens=PACK_TOKENS)
+    cells = [part["input_ids"].numel() for part in micro_batches(collate([row] * 12 + [long]))]
+    assert sorted(cells) == ([720, 720, 720] if layout == "flat" else [6 * 220, 6 * 220, 2 * 710])
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "aot"}, {"rpo_alpha": 1.0, "rpo_normalization": "token"}])

@@ -47,8 +47,8 @@ class DataCollatorForPreference:
         pad_to_multiple_of: row lengths are rounded up to a multiple of this.
         keyed: name every completion by its content, for a cache of reference log-probs.
         max_tokens: of one forward pass (flat: of the row; padded: rows x longest). None: the batch stays whole.
-        pack_tokens: the same as an aim and not a ceiling, where there is no `max_tokens`: a longer row goes by itself, and a
-            batch that is not larger stays whole.
+        pack_tokens: the same as an aim and not a ceiling, where there is no `max_tokens`: beside a longer row parts are as
+            large as that, and a batch that is not larger stays whole.
         images: makes what a vision-language model takes of the images of rows; None for a model that reads text alone.
 
     Raises:
@@ -73,8 +73,11 @@ class DataCollatorForPreference:
             for row in read:
                 check_fits(row.example_id, self._size([row]), self.max_tokens)
             return self._split(read, self.max_tokens)
-        if self.pack_tokens is not None and self._size(read) > self.pack_tokens:
-            return self._split(read, self.pack_tokens)
+        if self.pack_tokens is not None:
+            # The longest row needs its memory in any case: smaller parts beside it would save none.
+            aim = max(self.pack_tokens, *(self._size([row]) for row in read))
+            if self._size(read) > aim:
+                return self._split(read, aim)
         return self._inputs(read)
 
     def _size(self, rows: Sequence[TokenizedPair]) -> int:

@@ -52,7 +52,7 @@ def even_places(rows: Sequence[TokenizedPair], max_tokens: int, multiple: int | 
             emptiest = tokens.index(min(tokens))
             dealt[emptiest].append(place)
             tokens[emptiest] += lengths[place]
-        if all(rounded_up(n, multiple) <= max_tokens or len(pack) == 1 for pack, n in zip(dealt, tokens, strict=True)):
+        if rounded_up(max(tokens), multiple) <= max_tokens:
             return dealt
     return one_by_one
 
