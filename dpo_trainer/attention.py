@@ -135,9 +135,8 @@ def _sdpa(
     window = None if window is None or window >= k else window
     plain = q == k and window is None and not mutual
     mask = None
-    if (
-        not plain
-    ):  # all layers of the batch share it: of booleans the kernel would make, and keep, one like this in each
+    if not plain:
+        # All layers of the batch share it. Of one of booleans the kernel would make, and keep, one like this in each.
         what = (q, k, window, query.device, mutual)
         mask = segments.remember((what, query.dtype), lambda: _added(_visible(*what), query.dtype))
     return F.scaled_dot_product_attention(

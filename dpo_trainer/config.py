@@ -302,7 +302,8 @@ class DPOConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Most tokens of one forward pass (flat: of the row; padded: rows times the longest). A batch with more is "
-            "computed in parts, with the same gradients. None: whole; on a CPU in parts of about 512 or of its longest row, which are faster there."
+            "computed in parts, with the same gradients. None: whole; on a CPU in parts of about 512 or of "
+            "its longest row, which are faster there."
         },
     )
     disable_dropout: bool = field(

@@ -29,9 +29,8 @@ METRIC_STATS = frozenset({"entropy", "is_top1", "mean_logit"})
 
 def base_model(model: Any) -> PreTrainedModel:
     """The transformers model under DDP, DeepSpeed and PEFT."""
-    if isinstance(
-        model, PreTrainedModel
-    ):  # as in most steps: looking for wrappers reads the metadata of packages, 2 ms
+    # Most steps have nothing to unwrap, and looking for it reads the metadata of packages each time.
+    if isinstance(model, PreTrainedModel):
         return model
     model = extract_model_from_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -48,7 +48,13 @@ def check_optimizer(config: DPOConfig) -> None:
     config.optim = OptimizerNames(name)
     if name not in OF_TORCH or config.optim_args:
         _make(config)
-    for key in (pair.split("=")[0] for pair in (config.optim_args or "").replace(" ", "").split(",") if pair):
+    if config.optim_args:
+        _refuse_unread(config, name)
+
+
+def _refuse_unread(config: DPOConfig, name: str) -> None:
+    for pair in config.optim_args.replace(" ", "").split(","):
+        key = pair.split("=")[0]
         if not _is_read(config, key):
             raise ValueError(
                 f"--optim_args: {key} would be ignored by --optim {name}. Correct the name or leave it out; learning rate, betas, "
@@ -57,7 +63,7 @@ def check_optimizer(config: DPOConfig) -> None:
 
 
 def _is_read(config: DPOConfig, key: str) -> bool:
-    """Whether its value makes any difference; a number, a boolean and nonsense do, one from another, or fail."""
+    """Whether it makes a difference that its value is a number, a boolean or nonsense: another setting, or another error."""
 
     def made_with(value: str) -> str:
         other = copy.copy(config)

@@ -614,7 +614,7 @@ def test_a_row_above_the_size_of_a_part_goes_by_itself(tmp_path):
 
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_parts_are_as_large_as_a_longer_row(layout):
-    """It needs its memory in any case. Padded, it is as wide as no other."""
+    """Which needs its memory in any case. Padded, shorter rows stay apart from it, or they would be as wide."""
     row = {"prompt_ids": [5] * 100, "chosen_ids": [6] * 10, "rejected_ids": [7] * 10}
     long = row | {"prompt_ids": [5] * 700}
     collate = DataCollatorForPreference(tiny.PAD, layout, pack_tokens=PACK_TOKENS)

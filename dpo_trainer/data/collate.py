@@ -89,13 +89,10 @@ class DataCollatorForPreference:
 
     def _split(self, rows: Sequence[TokenizedPair], max_tokens: int) -> dict[str, Any]:
         """In parts, also where one is enough: ranks that go in step add to them."""
-        multiple = self.pad_to_multiple_of
-        flat = self.layout == "flat"
-        dealt = (
-            even_places(rows, max_tokens, multiple)
-            if flat
-            else packed_places(rows, max_tokens, padded=True, multiple=multiple)
-        )
+        if self.layout == "flat":
+            dealt = even_places(rows, max_tokens, self.pad_to_multiple_of)
+        else:  # rows of like length together
+            dealt = list(packed_places(rows, max_tokens, padded=True, multiple=self.pad_to_multiple_of))
         parts = []
         for places in map(sorted, dealt):
             part = self._inputs([rows[place] for place in places])

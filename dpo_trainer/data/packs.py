@@ -44,11 +44,12 @@ def even_places(rows: Sequence[TokenizedPair], max_tokens: int, multiple: int | 
     """The same for flat rows, and of like size, since a step needs memory for the largest pack: each row, from the longest to
     the shortest, goes to the pack that has fewest tokens."""
     lengths = [flat_size([row]) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
     one_by_one = list(packed_places(rows, max_tokens, padded=False, multiple=multiple))
     for count in range(-(-sum(lengths) // max_tokens), len(one_by_one) + 1):
         dealt: list[list[int]] = [[] for _ in range(count)]
         tokens = [0] * count
-        for place in sorted(range(len(rows)), key=lengths.__getitem__, reverse=True):
+        for place in order:
             emptiest = tokens.index(min(tokens))
             dealt[emptiest].append(place)
             tokens[emptiest] += lengths[place]

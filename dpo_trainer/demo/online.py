@@ -21,7 +21,7 @@ from ..online.trainer import OnlineDPOTrainer
 from . import results, world
 from .base_model import demo_model_and_tokenizer
 from .results import Goal, Measurement, SavedModel
-from .run import one_thread, set_by_user
+from .run import FOR_TINY_MODELS, one_thread, set_by_user
 
 PROMPTS_OF_TARGET = 256  # and as many of all other names together
 
@@ -62,10 +62,7 @@ def online_demo_defaults() -> dict[str, Any]:
         "logging_steps": 4,
         "eval_strategy": "epoch",
         "save_strategy": "no",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
+        **FOR_TINY_MODELS,
     }
 
 

@@ -39,6 +39,15 @@ class DemoResult:
         return all(goal.reached for goal in self.goals)
 
 
+FOR_TINY_MODELS: dict[str, Any] = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "report_to": "none",
+}
+"""What all demos leave out of a real run."""
+
+
 def demo_config_defaults() -> dict[str, Any]:
     """Options of `DPOConfig` for a model of 0.4 M parameters; the user's own go before them.
 
@@ -57,10 +66,7 @@ def demo_config_defaults() -> dict[str, Any]:
         "eval_strategy": "steps",
         "eval_steps": 0.125,
         "save_steps": 0.5,  # a checkpoint in the middle and one at the end
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
+        **FOR_TINY_MODELS,
     }
 
 

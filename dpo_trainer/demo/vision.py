@@ -18,7 +18,7 @@ from ..trainer import DPOTrainer
 from . import world
 from .pictures import DIFFERENCES, THINGS, Example, examples, shuffled
 from .results import Goal, aligned
-from .run import one_thread, set_by_user
+from .run import FOR_TINY_MODELS, one_thread, set_by_user
 from .vision_model import answer_logps, base_model, processor, said
 from .vision_page import Shown, write_page
 
@@ -48,10 +48,7 @@ def vision_demo_defaults() -> dict[str, Any]:
         "per_device_eval_batch_size": 64,
         "logging_steps": 15,
         "save_strategy": "no",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
+        **FOR_TINY_MODELS,
     }
 
 

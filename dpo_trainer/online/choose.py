@@ -34,8 +34,7 @@ def check_sampler(args: OnlineDPOConfig, ref_model: Any, generator: Any) -> None
         )
     if generator is not None and args.generator != "transformers":
         raise ValueError(
-            f"--generator {args.generator} would be ignored beside a generator object: leave one of them out, and where that is the "
-            "option, it is 'transformers', its default."
+            f"--generator {args.generator} would be ignored beside a generator object: leave one of them out."
         )
     if args.generator.startswith("vllm") and ref_model is not None:
         raise ValueError(
