@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "dpo_trainer"  # the same figures give the same file
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 from targets import Record, Records, growth, valid  # noqa: E402
 
 
@@ -34,6 +35,8 @@ def growth_plot(points: dict[float, Record], label: str) -> plt.Figure:
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel=title)
         axis.set_xticks(list(points), labels=[f"{x:,}" for x in points], minor=False)
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     rate.legend()
     return figure
