@@ -54,6 +54,8 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 VOCABULARIES = {"16k": 16_384, "152k": 151_936}
 RANKED = (2, 4, 8)
 LORA_RANK = 16
+GROUPED_STEPS = 16
+"""transformers sorts within a quarter of the rows, at most 50 batches: with fewer than 8 steps it would sort single batches, and group nothing."""
 # Else transformers takes the column of lengths away before it orders the rows by it.
 GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
 PRECOMPUTED = {"precompute_ref_log_probs": True}
@@ -142,7 +144,7 @@ def _grid() -> list[Case]:
                 data=data,
                 sides=WAYS[way],
                 batch=batch,
-                steps=max(1, COUNTED_PAIRS[data] // batch),
+                steps=max(GROUPED_STEPS if way == "-best" else 1, COUNTED_PAIRS[data] // batch),
                 lora=lora,
                 checkpointing=checkpointing,
                 warm_up=0 if way == "-best" else 1,  # grouping puts the longest rows into the first batch
