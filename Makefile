@@ -1,10 +1,11 @@
 # make demo    train the embedded demo, from nothing to the table of results          make demo-vision    the same with pictures
 # make test    run all tests          make check   formatting, lint, types          make test-faults   30 kills and more
+# make lock    pin every package to its newest release that pyproject.toml allows   make test-oldest, make test-newest
 PYTHON ?= python3
-# constraints.txt names the torch release that also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
+# constraints.txt pins what was tested. Its torch also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-vision test test-gpu test-faults test-distributed check docs bench bench-gpu clean
+.PHONY: demo demo-vision test test-gpu test-faults test-distributed test-oldest test-newest lock check docs bench bench-gpu clean
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -35,6 +36,19 @@ test-faults: .venv/installed-dev
 test-distributed: .venv/installed-dev
 	DPO_TRAINER_TEST_DISTRIBUTED=1 .venv/bin/python -m pytest tests/distributed
 
+.venv-uv/bin/uv:
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt uv
+
+# for Python 3.10 and later, Linux with and without CUDA, macOS; never edited by hand
+lock: .venv-uv/bin/uv
+	.venv-uv/bin/uv pip compile --quiet --universal --python-version 3.10 --all-extras --upgrade --no-annotate \
+	  --custom-compile-command 'make lock' pyproject.toml -o constraints.txt
+
+# a quarter of the tests, in .venv-oldest and .venv-newest; the results go to docs/versions.md
+test-oldest test-newest: test-%: .venv/installed .venv-uv/bin/uv
+	.venv/bin/python tests/version_ranges.py $*
+
 check: .venv/installed-dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -60,4 +74,4 @@ bench-gpu: .venv/installed .venv-trl/bin/python
 	.venv/bin/python benchmarks/report.py
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-uv .venv-oldest .venv-newest build dist *.egg-info

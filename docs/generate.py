@@ -31,6 +31,7 @@ from dpo_trainer.online import judges as _  # noqa: E402, F401  # registers them
 from dpo_trainer.online.config import OnlineDPOConfig  # noqa: E402
 from dpo_trainer.online.feedback import JUDGES  # noqa: E402
 from dpo_trainer.online.metrics import ONLINE_METRICS, TALLIED  # noqa: E402
+from dpo_trainer.versions import CONFLICTS  # noqa: E402
 
 REGION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
@@ -193,7 +194,31 @@ def measured_by(name: str) -> str:
     return measured.read_text().strip() if measured.exists() else f"`python benchmarks/{name}.py` measures it."
 
 
+def version_ranges() -> str:
+    """What `make test-oldest` and `make test-newest` found the last time."""
+    record = json.loads((ROOT / "docs" / "versions.json").read_text())
+    names = list(dict.fromkeys(name for found in record.values() for name in found["versions"]))
+    rows = [
+        ("date", *(found["date"] for found in record.values())),
+        ("Python", *(found["python"] for found in record.values())),
+        *((name, *(found["versions"].get(name, "-") for found in record.values())) for name in names),
+        *((kind, *(str(found[kind]) for found in record.values())) for kind in ("passed", "skipped")),
+        ("failed", *(", ".join(map(code, found["failed"])) or "none" for found in record.values())),
+    ]
+    return table(("", *(f"`make test-{target}`" for target in record)), rows)
+
+
+def version_conflicts() -> str:
+    rows = []
+    for conflict in CONFLICTS:
+        pair = " with ".join(f"{package} {releases}" for package, releases in conflict.versions.items())
+        rows.append((pair, f"{conflict.fails}.", f"{conflict.way_out}."))
+    return table(("releases", "what fails", "way out"), rows)
+
+
 REGIONS: dict[str, Callable[[], str]] = {
+    "version-ranges": version_ranges,
+    "version-conflicts": version_conflicts,
     "losses": losses,
     "loss-notes": loss_notes,
     "metrics": metrics,

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ..registry import did_you_mean
+from ..versions import raise_conflict_behind
 from .adapters import compute_as_in_training, prepare_base
 from .names import fetch, listing, local_folder, where
 
@@ -117,7 +118,10 @@ def load_processing_class(
         return load_tokenizer(name_or_path, **how)  # type: ignore[arg-type]
     try:
         return AutoProcessor.from_pretrained(where(name_or_path), **(how | {"revision": revision or "main"}))
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, RuntimeError) as error:
+        raise_conflict_behind(error, f"The processor of {name_or_path!r} did not load")
+        if isinstance(error, RuntimeError):
+            raise
         raise ValueError(f"The processor of {name_or_path!r} did not load: {str(error).strip()}") from error
 
 
@@ -162,6 +166,7 @@ def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
     except TypeError as error:
         raise ValueError(f"--model_init_kwargs {kwargs} does not suit {name_or_path!r}: {error}") from error
     except ValueError as error:
+        raise_conflict_behind(error, f"The model {name_or_path!r} did not load")
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(f"{name_or_path!r} is not a causal language model. {str(error).splitlines()[0]}") from error

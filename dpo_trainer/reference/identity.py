@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from ..logprobs import base_model, evaluation_mode
 from ..sharding import class_of, shape_of
+from ..versions import note_on
 from .hashing import DROPOUT, WeightsElsewhere, digests, not_here, plain
 
 FORMAT = 1
@@ -116,7 +117,8 @@ def _check_adapters(model: nn.Module, adapter: str | None) -> None:
         if not isinstance(model, PeftModel) and part.active_adapters and not part.disable_adapters:
             raise ValueError(
                 f"{type(model).__name__} has an active adapter in {name}, but is no PeftModel. Load the adapter with "
-                "PeftModel.from_pretrained instead of model.load_adapter, or switch it off with disable_adapters()."
+                "PeftModel.from_pretrained instead of model.load_adapter (get_peft_model instead of model.add_adapter), or "
+                f"switch it off with disable_adapters().{note_on('peft')}"
             )
 
 
