@@ -57,6 +57,7 @@ class Pair:
     tools: list[dict] | None = None
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     images: tuple[Any, ...] = ()  # of the prompt, as the row holds them, in the order of their places in it
+    roles_renamed: bool = False  # messages had roles of other tools, such as human and gpt
 
     @classmethod
     def of(cls, prompt: Text, completions: Sequence[Text], pairs: Sequence[Preferred], **options: Any) -> Pair:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..batch import Message, Pair
 from .errors import bad
 from .implicit import split_messages
-from .messages import image_count, read_messages, without_none, words_of
+from .messages import image_count, read_messages, roles_are_renamed, without_none, words_of
 from .parts import Parts
 
 OURS = {
@@ -36,7 +36,8 @@ def pair_of_messages(row: Mapping[str, Any], parts: Parts, where: str) -> Pair:
     for name, completion in zip(parts.names, completions, strict=True):
         _check_completion(completion, where, name)
     prompt = _with_system(prompt, row.get("system"), where)
-    return Pair.of(prompt, completions, parts.pairs, **_template_options(row, where))
+    renamed = any(map(roles_are_renamed, parts.values.values()))
+    return Pair.of(prompt, completions, parts.pairs, roles_renamed=renamed, **_template_options(row, where))
 
 
 def _turns(value: Any, is_prompt: bool, where: str, column: str) -> list[Message]:

@@ -29,6 +29,12 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "function_call": "assistant",
 }
+ROLE_ALIASES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "bot", "model", "ai", "chatbot"), "assistant"),
+    "function": "tool",
+}
+"""Roles as other tools write them. Every model that was trained on its template knows the usual ones."""
 ROLE = re.compile(r"[\w.-]+")
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
@@ -83,6 +89,7 @@ def _message(message: Any, where: str, column: str) -> Message:
         raise bad(
             where, column, f"has the role {role!r:.80}", "Give a name of letters and digits, such as user or assistant"
         )
+    message["role"] = role = usual_role(role)
     meant = difflib.get_close_matches(role.lower(), KNOWN_ROLES, n=1, cutoff=0.85)
     if meant and role.isalpha() and role not in KNOWN_ROLES:
         raise bad(
@@ -98,6 +105,19 @@ def _message(message: Any, where: str, column: str) -> Message:
     elif content is not None and not isinstance(content, str):
         raise bad(where, column, f"has content of type {type(content).__name__}", "Give the content as one string")
     return message
+
+
+def usual_role(role: str) -> str:
+    """The name that chat templates know, in any case of letters; another role as it is."""
+    lower = role.lower()
+    return ROLE_ALIASES.get(lower, lower if lower in KNOWN_ROLES else role)
+
+
+def roles_are_renamed(value: Any) -> bool:
+    """Whether messages as a row holds them have a role that is read as another."""
+    messages = [value] if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+    return any(isinstance(role, str) and usual_role(role) != role for role in roles)
 
 
 def _from_sharegpt(message: Message, where: str, column: str) -> Message:

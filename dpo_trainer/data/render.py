@@ -1,8 +1,8 @@
 """Pair -> what the tokenizer reads: the chat template applied once per text, or the plain strings themselves.
 
-Every text is a beginning of the conversation: the prompt; the prompt with each completion; and, for a completion of
-several turns, the places where an assistant's turn begins and ends. Token positions come from comparing the token ids of
-these texts, so no character offset has to be turned into a token.
+Every text begins with the prompt: the prompt; the prompt with each completion; and, for a completion of several turns, the
+places where an assistant's turn begins and ends. Token positions come from comparing the token ids of these texts, so no
+character offset has to be turned into a token. What the texts of a conversation are is said in templated.py.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
-
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import Any, NamedTuple
 
 from ..batch import Message, Pair, Text
-from .errors import bad, clean
+from .errors import bad
 from .image_places import check_none_is_shown, has_images, placed
 from .image_text import ImageText
 from .messages import words_of
+from .report import Flag
+from .templated import Templated
 
 MARKS = re.compile("[\U000f0000\U000f0001]")
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Rendered(NamedTuple):
@@ -33,6 +32,7 @@ class Rendered(NamedTuple):
     templated: bool
     control_text: bool = False  # a string of the row has the text of a control token in it
     images: bool = False  # there are tokens of images in the texts
+    flags: Flag = Flag(0)
 
     @property
     def all(self) -> list:
@@ -56,7 +56,9 @@ def render(
     else:
         pair = placed(pair, images.placeholder, where)
     if not isinstance(pair.prompt, str):
-        rendered = _conversation(pair, tokenizer, where, control, images).rendered()
+        conversation = _conversation(pair, tokenizer, where, control, images)
+        start, wholes, edges, flags = conversation.parts()
+        rendered = Rendered(start, wholes, edges, templated=True, control_text=conversation.as_ids, flags=flags)
     else:
         texts = [f"{pair.prompt}{completion}" for completion in pair.completions]
         found = control is not None and any(map(control.search, texts))
@@ -110,7 +112,7 @@ def render_prompt(prompt: Text, tokenizer: Any, where: str, control: re.Pattern[
 
 def _conversation(
     pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None, images: ImageText | None
-) -> _Conversation:
+) -> Templated:
     found = control is not None and any(map(control.search, strings_of(pair)))
     if not tokenizer.chat_template:
         raise ValueError(
@@ -119,7 +121,7 @@ def _conversation(
         )
     if control is not None and found:
         _check_can_stay_text(pair, where, control)
-    return _Conversation(pair, tokenizer, where, images, as_ids=found)
+    return Templated(pair, _sanitizing(tokenizer) if found else tokenizer, where, images, as_ids=found)
 
 
 def strings_of(pair: Pair) -> Iterator[str]:
@@ -162,100 +164,6 @@ def _check_can_stay_text(pair: Pair, where: str, control: re.Pattern[str]) -> No
     if any(map(MARKS.search, strings_of(pair))):
         remedy = "Remove them, or the control token in the text"
         raise bad(where, "prompt or completion", "holds U+F0000 or U+F0001 beside the text of a control token", remedy)
-
-
-class _Conversation:
-    """Renders one row of messages. `as_ids`: control tokens in its strings stay text, which only token ids can say."""
-
-    def __init__(self, pair: Pair, tokenizer: Any, where: str, images: ImageText | None, *, as_ids: bool):
-        self.pair, self.where, self.images, self.as_ids = pair, where, images, as_ids
-        self.prompt = cast("list[Message]", pair.prompt)
-        self.completions = cast("tuple[list[Message], ...]", pair.completions)
-        self.tokenizer = _sanitizing(tokenizer) if as_ids else tokenizer
-        self.continued = self.prompt[-1]["role"] == "assistant"
-
-    def rendered(self) -> Rendered:
-        start = self.start()
-        wholes = [self._text(self._joined(completion)) for completion in self.completions]
-        edges = [self._edges(number, start, whole) for number, whole in enumerate(wholes)]
-        return Rendered(start, wholes, edges, templated=True, control_text=self.as_ids)
-
-    def start(self) -> Any:
-        """The prompt, up to where the answer begins."""
-        return self._text(self.prompt, add_generation_prompt=not self.continued, continue_final_message=self.continued)
-
-    def _text(self, messages: list[Message], **how: bool) -> Any:
-        how |= {"sanitize_control_tokens": True, "return_dict": False} if self.as_ids else {}
-        options = self.pair.chat_template_kwargs
-        messages = messages if self.images is None else self.images.for_template(messages)
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=self.pair.tools, tokenize=self.as_ids, **how, **options
-            )
-        except Exception as error:  # a template is a program of the model's author and may raise anything
-            raise ValueError(
-                f"{self.where}: the chat template refuses these messages: {clean(error)}. Change their roles or order, or the "
-                "template."
-            ) from error
-        return text if self.images is None else self.images.opened(text)
-
-    def _joined(self, completion: list[Message]) -> list[Message]:
-        """One conversation. A prompt that ends in an assistant turn is continued, not answered anew."""
-        prompt = self.prompt
-        if not self.continued:
-            return [*prompt, *completion]
-        last, first = prompt[-1], completion[0]
-        content = last.get("content", "") + first.get("content", "")
-        return [*prompt[:-1], {**last, **first, "content": content}, *completion[1:]]
-
-    # --- completions of several turns ---
-
-    def _edges(self, number: int, start: Any, whole: Any) -> list:
-        """Where the assistant's turns begin and end: by the template's generation markers, else by rendering up to there."""
-        completion = self.completions[number]
-        if len(completion) == 1:
-            return []
-        if not self.as_ids and GENERATION.search(self.tokenizer.get_chat_template(tools=self.pair.tools)):
-            return self._marked(completion, start, whole)
-        edges = []
-        for turn, message in enumerate(completion):
-            if message["role"] != "assistant":
-                continue
-            edges.append(self._text(self._joined(completion[:turn]), add_generation_prompt=True) if turn else start)
-            edges.append(self._text(self._joined(completion[: turn + 1])))
-        if not all(self._begins(whole, edge) for edge in edges):
-            raise self._cannot_tell(number)
-        return edges
-
-    def _begins(self, whole: Any, edge: Any) -> bool:
-        """As texts: token ids may differ where a token spans the edge."""
-        if self.as_ids:
-            whole, edge = self.tokenizer.decode(whole), self.tokenizer.decode(edge)
-        return whole.startswith(edge)
-
-    def _marked(self, completion: list[Message], start: str, whole: str) -> list[str]:
-        template = self.tokenizer.get_chat_template(tools=self.pair.tools)
-        (plain,), (stretches,) = render_jinja_template(
-            [self._joined(completion) if self.images is None else self.images.for_template(self._joined(completion))],
-            tools=self.pair.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.pair.chat_template_kwargs},
-        )
-        bos = len(whole) - len(plain)  # that no template wrote
-        return [whole[: bos + edge] for stretch in stretches if bos + stretch[1] > len(start) for edge in stretch]
-
-    def _cannot_tell(self, number: int) -> ValueError:
-        problem = "has several turns, and the chat template rewrites earlier turns: nobody can tell which are the assistant's words"
-        remedy = "Use a template with {% generation %} markers, or end the completion after its first turn"
-        if self.as_ids:
-            remedy = "Take the text of the control token out of the row, or end the completion after its first turn"
-        return bad(self.where, completion_name(number, len(self.completions)), problem, remedy)
-
-
-def completion_name(number: int, count: int) -> str:
-    """What an error calls a completion: its column where it has one of its own."""
-    return "chosen" if number == 0 else "rejected" if count == 2 else f"completion {number}"
 
 
 def _sanitizing(tokenizer: Any) -> Any:

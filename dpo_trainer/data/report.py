@@ -39,6 +39,10 @@ class Flag(IntFlag):
     TIED = 512
     DUPLICATE = 1024
     CONTROL_TEXT = 2048
+    GENERATION_DIFFERS = 4096
+    REASONING_LEFT_OUT = 8192
+    NO_END_OF_TURN = 16384
+    ROLES_RENAMED = 32768
 
 
 class Kind(NamedTuple):
@@ -65,6 +69,10 @@ KEPT = {
     "merged_boundary": Kind(Flag.MERGED_BOUNDARY, "prompts that end inside a token, which goes to the completions"),
     "empty_prompts": Kind(Flag.EMPTY_PROMPT, "prompts of no token but BOS"),
     "control_text": Kind(Flag.CONTROL_TEXT, "rows with the text of a control token, kept as text"),
+    "generation_differs": Kind(Flag.GENERATION_DIFFERS, "training and generation follow different text"),
+    "reasoning_left_out": Kind(Flag.REASONING_LEFT_OUT, "prompts whose earlier reasoning the chat template leaves out"),
+    "no_end_of_turn": Kind(Flag.NO_END_OF_TURN, "answers to which the chat template adds no end of turn"),
+    "roles_renamed": Kind(Flag.ROLES_RENAMED, "rows with roles under another name (human, gpt ...), read as the usual ones"),
 }
 """What happened to rows that are used."""
 

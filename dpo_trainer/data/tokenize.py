@@ -17,8 +17,9 @@ from .errors import clean
 from .image_text import ImageText
 from .implicit import shared_length
 from .messages import is_blank
-from .render import Rendered, completion_name, control_tokens, render, render_prompt
+from .render import Rendered, control_tokens, render, render_prompt
 from .report import Flag
+from .templated import completion_name
 from .truncate import PairIds
 
 
@@ -114,6 +115,7 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
         Flag.MERGED_BOUNDARY * (end < len(prompt))
         | Flag.CONTROL_TEXT * texts.control_text
         | Flag.TIED * (not pair.pairs)
+        | texts.flags
     )
     prompt = prompt[:end] or [ends.bos_instead_of_prompt(where)]
     flags |= Flag.EMPTY_PROMPT * (prompt == [ends.bos])
