@@ -6,20 +6,26 @@ of turn; every marker of the row is in the text; nothing else is scored.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from .rendering import Reading, Template, joined, readings, shared_beginning
 from .rows import ALIASES, MARKER, Kind, Message, markers
 from .tokenizer import control_pattern
 
-OPENED_THOUGHT = re.compile(r"(<think>|<\|START_THINKING\|>|<seed:think>|<thinking>|\[THINK\]|<mm:think>|<\|channel>thought)\s*$")
-CLOSED_THOUGHT = re.compile(r"</think>|<\|END_THINKING\|>|</seed:think>|</thinking>|\[/THINK\]|</mm:think>|<channel\|>")
+OPENED_THOUGHT = re.compile(
+    r"(<(\w+:)?think(ing)?(:\w+)?>|<\|START_THINKING\|>|\[THINK\]|<\|channel>thought|<\|open\|>think<\|sep\|>"
+    r"|Here are my reasoning steps:)\s*$"
+)
+CLOSED_THOUGHT = re.compile(
+    r"</(\w+:)?think(ing)?(:\w+)?>|<\|END_THINKING\|>|\[/THINK\]|<channel\|>|<\|close\|>think|\[BEGIN FINAL RESPONSE\]"
+)
+ODD_ARGUMENTS = {
+    "a quoted string": re.compile(r'\\+"WORD'),
+    "a string in braces of the template": re.compile(r'\{\s*\{\s*"'),
+    "the text of a Python dict": re.compile(r"\{'\w+': 'WORD"),
+}
 
 
 class Texts(NamedTuple):
@@ -36,115 +42,12 @@ class Problem(NamedTuple):
     reason: str
 
 
-class Reading(NamedTuple):
-    """One spelling of a row's messages: a template may want arguments as objects, content as parts, roles of its own."""
-
-    prompt: list[Message]
-    completions: tuple[list[Message], ...]
-    plain: bool  # as the row has it
-
-
-@dataclass
-class Template:
-    """Renders conversations, each once. Texts are None where the template raises."""
-
-    tokenizer: Any
-    seen: dict[str, str | None] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-
-    def text(self, kind: Kind, messages: list[Message], **how: bool) -> str | None:
-        key = json.dumps([messages, kind.tools, kind.kwargs, how])
-        if key not in self.seen:
-            try:
-                self.seen[key] = self.tokenizer.apply_chat_template(
-                    messages, tools=kind.tools, tokenize=False, **how, **(kind.kwargs or {})
-                )
-            except Exception as error:  # a template is a program and may raise anything
-                self.seen[key], self.errors[key] = None, str(error)
-        return self.seen[key]
-
-    def start(self, kind: Kind, messages: list[Message]) -> str | None:
-        """Up to where the model goes on."""
-        last = messages[-1]["role"]
-        continued = ALIASES.get(last, last) == "assistant"
-        return self.text(kind, messages, add_generation_prompt=not continued, continue_final_message=continued)
-
-    def whole(self, kind: Kind, messages: list[Message]) -> str | None:
-        """Up to the end of the last turn, without the generation prompt that some templates always write."""
-        text = self.text(kind, messages)
-        if text is None or not self.always:
-            return text
-        return text.removesuffix(self.always)
-
-    @cached_property
-    def _probe(self) -> tuple[str, str]:
-        """What stands between a question and its answer, and behind the answer."""
-        plain = Kind(name="", prompt=[], chosen=[], rejected=[])
-        asked = [{"role": "user", "content": "WORDQX"}, {"role": "assistant", "content": "WORDAX"}]
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in asked]
-        text = self.text(plain, asked) or self.text(plain, parts) or ""
-        return text.partition("WORDQX")[2].partition("WORDAX")[0], text.partition("WORDAX")[2]
-
-    @cached_property
-    def always(self) -> str:
-        """The generation prompt that the template writes behind an answer, asked or not; mostly empty."""
-        between, behind = self._probe
-        shared = os.path.commonprefix([between[::-1], behind[::-1]])[::-1]
-        control = control_pattern(self.tokenizer).search(shared)
-        return shared[control.start() :] if control and shared != behind else ""
-
-    @cached_property
-    def writes_an_end(self) -> bool:
-        """Of an assistant's turn."""
-        behind = self._probe[1].removesuffix(self.always)
-        return bool(behind.strip()) or not self._probe[0]
-
-
-def readings(kind: Kind) -> Iterator[Reading]:
-    """The row as it is, and the spellings that mean the same."""
-    seen = []
-    conversations = (kind.prompt, kind.chosen, kind.rejected)
-    for number, how in enumerate(product((False, True), repeat=4)):
-        prompt, *completions = ([_spelt(message, *how) for message in turns] for turns in conversations)
-        if (prompt, completions) not in seen:
-            seen.append((prompt, completions))
-            yield Reading(prompt, tuple(completions), plain=number == 0)
-
-
-def _spelt(message: Message, in_parts: bool, known_role: bool, without_null: bool, other_arguments: bool) -> Message:
-    message = dict(message)
-    if known_role:
-        message["role"] = ALIASES.get(message["role"], message["role"])
-    content = message["content"]
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    if content is None and without_null:
-        content = ""
-    message["content"] = [{"type": "text", "text": content}] if in_parts and content else content
-    if other_arguments and "tool_calls" in message:
-        message["tool_calls"] = [_other_arguments(call) for call in message["tool_calls"]]
-    return message
-
-
-def _other_arguments(call: dict) -> dict:
-    given = call["function"]["arguments"]
-    other = json.loads(given) if isinstance(given, str) else json.dumps(given)
-    return {**call, "function": {**call["function"], "arguments": other}}
-
-
-def joined(prompt: list[Message], completion: list[Message], continued: bool) -> list[Message]:
-    """The conversation; a prompt that ends in an assistant turn is continued."""
-    if not continued or not completion:
-        return [*prompt, *completion]
-    last, first = prompt[-1], completion[0]
-    return [*prompt[:-1], {**last, **first, "content": last["content"] + first["content"]}, *completion[1:]]
-
-
 def check(kind: Kind, texts: Texts, template: Template) -> list[Problem]:
     """Every part of the promise that the texts break, the worst first."""
     problems = []
     for completion, pieces in zip((kind.chosen, kind.rejected), texts.completions, strict=True):
         problems += list(_check_words(kind, completion, texts.prompt, pieces))
+    problems += list(_check_arguments(kind, texts, template))
     if not any(problem.kind in ("prompt scored", "answer not scored") for problem in problems):
         problems += list(_check_edges(kind, texts, template))
     return problems
@@ -180,34 +83,41 @@ def _keeps(kind: Kind, reading: Reading, template: Template) -> bool:
 def _check_words(
     kind: Kind, completion: list[Message], prompt: str, pieces: Sequence[tuple[str, bool]]
 ) -> Iterator[Problem]:
-    everything = prompt + "".join(text for text, _ in pieces)
-    scored = " ".join(text for text, is_scored in pieces if is_scored)
+    answered, scored = ("".join(text for text, counts in pieces if counts or not only) for only in (False, True))
     answers = markers([message for message in completion if _role(message) == "assistant"])
-    others = set(markers([kind.prompt, kind.tools or [], completion])) - set(answers)
-    if found := [marker for marker in MARKER.findall(scored) if marker in others]:
+    said = markers([kind.prompt, kind.tools or [], completion])
+    if found := [marker for marker in markers(scored) if marker in said and marker not in answers]:
         yield Problem("prompt scored", f"words of {_place(kind, completion, found[0])} are scored")
-    present, is_scored = set(MARKER.findall(everything)), set(MARKER.findall(scored))
-    if missing := [marker for marker in answers if marker in present and marker not in is_scored]:
+    if missing := [marker for marker in answers if marker in markers(answered) and marker not in markers(scored)]:
         yield Problem("answer not scored", f"{_place(kind, completion, missing[0])} is not scored")
-    lost = [marker for marker in markers([kind.prompt, kind.tools or [], completion]) if marker not in present]
-    places = dict.fromkeys(_place(kind, completion, marker) for marker in lost)
+    lost = [marker for marker in said if marker not in markers(answered if marker in answers else prompt + answered)]
     if lost:
-        yield Problem("lost", "lost: " + ", ".join(places))
-    if any(re.search(r'\\+"' + marker, everything) for marker in answers):
-        yield Problem("quoted", "arguments are written as a quoted string")
+        yield Problem("lost", ", ".join(dict.fromkeys(_place(kind, completion, marker) for marker in lost)))
+
+
+def _check_arguments(kind: Kind, texts: Texts, template: Template) -> Iterator[Problem]:
+    """Of tool calls: in a form that is not meant, where an object or its text in their place gives another."""
+    scored = "".join(text for pieces in texts.completions for text, counts in pieces if counts)
+    odd = [form for form, pattern in ODD_ARGUMENTS.items() if pattern.search(scored)]
+    if odd and any(_writes_no_odd_arguments(kind, reading, template) for reading in readings(kind)):
+        yield Problem("arguments", f"arguments are written as {odd[0]}")
+
+
+def _writes_no_odd_arguments(kind: Kind, reading: Reading, template: Template) -> bool:
+    whole = template.whole(kind, joined(reading.prompt, reading.completions[0], kind.continued))
+    written = whole is not None and set(markers(reading.completions[0])) <= set(markers(whole))
+    return written and not any(pattern.search(whole or "") for pattern in ODD_ARGUMENTS.values())
 
 
 def _place(kind: Kind, completion: list[Message], marker: str) -> str:
-    """Which part of the row says a marker: "the completion's reasoning_content"."""
+    """Which part of the row says a marker, such as "reasoning_content of the completion (assistant)"."""
     for name, turns in (("prompt", kind.prompt), ("completion", completion)):
         for message in turns:
             for part, value in message.items():
                 if marker in markers(value):
-                    part = "think tags" if part == "content" and "<think>" in str(value).split(marker)[0] else part
-                    part = "think tags" if part == "think tags" and "</think>" not in str(value).split(marker)[0] else part
-                    part = "content" if part == "think tags" and "</think>" in str(value).split(marker)[0] else part
-                    part = "tool name" if part == "name" else part
-                    return f"{name}'s {part} ({message['role']})"
+                    before = str(value).split(marker)[0]
+                    inside = "<think>" in before and "</think>" not in before
+                    return f"{'think block' if inside else part} of the {name} ({message['role']})"
     return "tools"
 
 
@@ -233,7 +143,11 @@ def _check_edges(kind: Kind, texts: Texts, template: Template) -> list[Problem]:
         if not problems:
             return []
         found.append(problems)
-    return min(found, key=len) if found else [Problem("prompt", "the template raises for the prompt alone")]
+    return min(found, key=_badness) if found else [Problem("raises", "the template raises for the prompt alone")]
+
+
+def _badness(problems: list[Problem]) -> tuple[bool, int]:
+    return any(problem.kind == "raises" for problem in problems), len(problems)
 
 
 def _check_turns(
@@ -253,7 +167,7 @@ def _check_turns(
         start = template.start(kind, joined(reading.prompt, completion[:turn], kind.continued))
         whole = template.whole(kind, joined(reading.prompt, completion[: turn + 1], kind.continued))
         if start is None or whole is None:
-            yield Problem("start", "the template raises where the turn is rendered alone")
+            yield Problem("raises", "the template raises where the turn is rendered alone")
             return
         yield from _check_start(turn, before, scored, start)
         yield from _check_end(turn == turns[-1], before, scored, start, whole, template)
@@ -278,9 +192,11 @@ def _runs(prompt: str, pieces: Sequence[tuple[str, bool]]) -> Iterator[tuple[str
 def _check_start(turn: int, before: str, scored: str, start: str) -> Iterator[Problem]:
     if before == start:
         if OPENED_THOUGHT.search(start) and not CLOSED_THOUGHT.search(scored):
-            yield Problem("thought", f"an answer is scored as thought: the generation prompt ends with {start[-20:]!r}")
+            yield Problem(
+                "thought", f"an answer is scored as thought: the generation prompt ends with {start[-20:]!r}"
+            )
         return
-    shared = os.path.commonprefix([before, start])
+    shared = shared_beginning(before, start)
     if len(shared) == len(before):
         yield Problem("start", f"the generation prompt goes on with {_short(start[len(before) :])}")
     elif len(shared) == len(start):
@@ -288,30 +204,33 @@ def _check_start(turn: int, before: str, scored: str, start: str) -> Iterator[Pr
     elif turn and MARKER.split(before)[-1] == MARKER.split(start)[-1]:
         yield Problem("rewritten", "an earlier turn is not as the model would see it at this turn")
     else:
-        yield Problem("start", f"text before is {_short(before[len(shared) :])}, for the model {_short(start[len(shared) :])}")
+        yield Problem(
+            "start", f"text before is {_short(before[len(shared) :])}, for the model {_short(start[len(shared) :])}"
+        )
 
 
-def _check_end(
-    last: bool, before: str, scored: str, start: str, whole: str, template: Template
-) -> Iterator[Problem]:
-    """The turn as it would be if it were the last one: what follows it is not known when the model writes it."""
-    if before == start and whole.startswith(start):
-        if scored.rstrip() == whole[len(start) :].rstrip():
-            return
-        if whole[len(start) :].rstrip().startswith(scored.rstrip()):
-            yield Problem("end", f"ends before {_short(whole[len(start) + len(scored.rstrip()) :])}")
-            return
-    behind, wanted = MARKER.split(scored)[-1].rstrip(), MARKER.split(whole)[-1].rstrip()
-    if behind == wanted:
-        if before == start and whole.startswith(start):
-            yield Problem("differs", f"{_short(scored)} is scored where the model would write {_short(whole[len(start) :])}")
+def _check_end(last: bool, before: str, scored: str, start: str, whole: str, template: Template) -> Iterator[Problem]:
+    """A turn ends as it would if it were the last one: what follows it is not known when the model writes it."""
+    scored, whole = template.trim(scored), template.trim(whole)
+    if before == start and whole == start + scored:
+        return
+    behind, wanted = MARKER.split(scored)[-1], MARKER.split(whole)[-1]
+    if behind == wanted or (not last and _is_one_control_token(behind, template)):
+        if before == start and whole.startswith(start) and behind == wanted:
+            yield Problem(
+                "differs", f"{_short(scored)} is scored, the model would write {_short(whole[len(start) :])}"
+            )
     elif wanted.startswith(behind):
         yield Problem("end", f"ends before {_short(wanted[len(behind) :])}")
     elif behind.startswith(wanted) and wanted:
         yield Problem("end", f"scored behind the end of turn: {_short(behind[len(wanted) :])}")
     else:
-        name = "end" if last else "other end"
-        yield Problem(name, f"ends with {_short(behind)} in place of {_short(wanted)}")
+        yield Problem("end", f"ends with {_short(behind)} in place of {_short(wanted)}")
+
+
+def _is_one_control_token(behind: str, template: Template) -> bool:
+    """Some templates end the last turn otherwise than those before it, and the model has both ends."""
+    return control_pattern(template.tokenizer).fullmatch(behind.strip()) is not None
 
 
 def _short(text: str) -> str:

@@ -1,6 +1,7 @@
 """Kinds of conversational rows. Every string that a row says holds a marker word of its own, at the end of what it says.
 
-A marker (WORD17X) is found again in any text that a template makes, also in JSON, whatever stands around it.
+A marker (WORD17X) is found again in any text that a template makes, also in JSON, whatever stands around it. Sentences hold
+theirs twice: where a text is cut at its beginning, one of the two is still whole.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def word() -> str:
     return f"WORD{next(NUMBERS)}X"
 
 
-def says(text: str = "this is") -> str:
-    return f"{text} {word()}"
+def says(text: str = "says") -> str:
+    marker = word()
+    return f"{marker} {text} {marker}"
 
 
 def turn(role: str, content: Any = says, **more: Any) -> Message:
@@ -143,7 +145,10 @@ def system_prompt_and_several_turns():
 
 @kind
 def prompt_that_ends_in_an_assistant_turn():
-    return {"prompt": [user(), assistant("this begins with " + word())], **pair(lambda: assistant(f" and ends {word()}"))}
+    return {
+        "prompt": [user(), assistant("this begins with " + word())],
+        **pair(lambda: assistant(f" and ends {word()}")),
+    }
 
 
 @kind
@@ -242,7 +247,10 @@ def surrounding_whitespace():
 
 @kind
 def unicode_content():
-    return {"prompt": [user(f"Größe 中文 🦉 {word()}")], **pair(lambda: assistant(f"é e\u0301 👩🏽\u200d🚀 ｜ {word()}"))}
+    return {
+        "prompt": [user(f"Größe 中文 🦉 {word()}")],
+        **pair(lambda: assistant(f"é e\u0301 👩🏽\u200d🚀 ｜ {word()}")),
+    }
 
 
 @kind

@@ -83,7 +83,8 @@ def _downloaded(package: str, folder: Path) -> Path:
     """pip checks what it downloads. Of a source archive it asks the build backend for metadata; nothing is built."""
     name = package.split("==")[0]
     form = ("--no-binary", name) if name.startswith("llama") else ("--only-binary", name)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", *form, "--dest", str(folder), package]
+    how = ("--no-deps", "--quiet", "--retries", "1", "--timeout", "60", *form, "--dest", str(folder))
+    command = [sys.executable, "-m", "pip", "download", *how, package]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     except subprocess.CalledProcessError as error:
@@ -94,7 +95,7 @@ def _downloaded(package: str, folder: Path) -> Path:
 
 
 def _extract(archive: Path, folder: Path) -> None:
-    """Files in a folder of an archive of which the names are all that is kept: no member decides where it is written."""
+    """The files of an archive that are read here. A member that points out of the folder is refused."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             for name in filter(_is_read, wheel.namelist()):

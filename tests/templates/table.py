@@ -1,10 +1,11 @@
 """Every kind of row under every template: what the package makes of it, judged by the oracle.
 
-python -m tests.templates.table [FILE]      from the project's root; FILE takes the list of cells that are not right
+python -m tests.templates.table [FOLDER]      from the project's root
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -12,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError, UndefinedError
+
 from dpo_trainer.data.mapping import PairMapper
 from dpo_trainer.data.options import DataOptions
 from dpo_trainer.data.report import Flag
 
-from .oracle import Template, Texts, check, keepable, readings
+from .oracle import Texts, check, keepable
+from .rendering import Template, readings
 from .rows import KINDS, Kind
 from .sources import Template as Source
 from .sources import templates
@@ -26,12 +30,14 @@ OUTCOMES = ("ok", "flagged", "refused", "wrong", "crash")
 ROW = 7
 WHERE = f"Row {ROW} of train"
 
-SAY_NOTHING = Flag["TRUNCATED_PROMPT"] | Flag["TRUNCATED_CHOSEN"] | Flag["TRUNCATED_REJECTED"] | Flag["MERGED_BOUNDARY"]
+SAY_NOTHING = (
+    Flag["TRUNCATED_PROMPT"] | Flag["TRUNCATED_CHOSEN"] | Flag["TRUNCATED_REJECTED"] | Flag["MERGED_BOUNDARY"]
+)
 SAY_NOTHING |= Flag["EMPTY_PROMPT"] | Flag["IDENTICAL"] | Flag["NO_ROOM"] | Flag["EMPTY_COMPLETION"] | Flag["TOO_LONG"]
 SAY_NOTHING |= Flag["TIED"] | Flag["DUPLICATE"] | Flag["CONTROL_TEXT"]
 """Flags that do not speak of a template."""
 
-NEVER = ("prompt scored", "answer not scored", "runs", "end", "quoted")
+NEVER = ("prompt scored", "answer not scored", "runs", "end", "arguments")
 """No flag excuses these: such a row must be refused."""
 
 
@@ -40,7 +46,7 @@ class Cell(NamedTuple):
     kind: str
     outcome: str
     reasons: tuple[str, ...] = ()
-    keepable: bool = False  # of what is refused: the template could have kept the promise
+    refused_by: str = ""  # "template": it renders no spelling of the row; "ok": it could have kept the promise
 
 
 def table(sources: Iterable[Source], kinds: Sequence[Kind] = KINDS) -> list[Cell]:
@@ -88,21 +94,22 @@ def _package(kind: Kind, tokenizer: Any) -> tuple[Texts, Flag]:
 
 def _refused(key: str, kind: Kind, error: str, template: Template) -> Cell:
     """A refusal names the row and the way out, and the field where another spelling of it works."""
-    could = keepable(kind, template)
+    renders = [template.renders(kind, reading) for reading in readings(kind)]
+    by = "ok" if keepable(kind, template) else "" if any(renders) else "template"
     reason = error.removeprefix(WHERE)
     if not error.startswith(WHERE) or not re.search(r"[.:] [A-Z][^.]+\.$", error):
-        return Cell(key, kind.name, "wrong", (f"refusal: without row or way out: {error}",), could)
-    if kind.field and kind.field not in error and _other_spelling_works(kind, template):
-        return Cell(key, kind.name, "wrong", (f"refusal: does not name {kind.field!r}: {reason}",), could)
-    return Cell(key, kind.name, "refused", (f"refused: {reason}",), could)
+        return Cell(key, kind.name, "wrong", (f"refusal: without row or way out: {error}",), by)
+    if kind.field and any(renders) and not renders[0] and not _names(kind.field, error, template):
+        return Cell(key, kind.name, "wrong", (f"refusal: does not name {kind.field!r}: {reason}",), by)
+    return Cell(key, kind.name, "refused", (f"refused: {reason}",), by)
 
 
-def _other_spelling_works(kind: Kind, template: Template) -> bool:
-    plain, *others = [
-        all(template.whole(kind, reading.prompt + completion) is not None for completion in reading.completions)
-        for reading in readings(kind)
-    ]
-    return not plain and any(others)
+def _names(field: str, error: str, template: Template) -> bool:
+    """In words of our own, or in those that the author of the template meant for the user."""
+    for raised in template.errors:
+        if not isinstance(raised, TemplateError) or isinstance(raised, UndefinedError):
+            error = error.replace(str(raised), "")
+    return field in error
 
 
 def counts(cells: Iterable[Cell]) -> str:
@@ -110,9 +117,13 @@ def counts(cells: Iterable[Cell]) -> str:
     by_kind: dict[str, Counter] = defaultdict(Counter)
     for cell in cells:
         by_kind[cell.kind][cell.outcome] += 1
-        by_kind[cell.kind]["could be ok"] += cell.outcome == "refused" and cell.keepable
-    columns = (*OUTCOMES, "could be ok")
-    lines = [f"{'kind of row':42}" + "".join(f"{name:>9}" for name in columns[:-1]) + "  refused, could be ok"]
+        by_kind[cell.kind][f"by {cell.refused_by}"] += cell.outcome == "refused"
+    columns = (*OUTCOMES, "by template", "by ok")
+    lines = [
+        f"{'kind of row':42}"
+        + "".join(f"{name:>9}" for name in OUTCOMES)
+        + "   (of refused: by the template, could be ok)"
+    ]
     total: Counter = Counter()
     for name, count in by_kind.items():
         total += count
@@ -133,20 +144,37 @@ def listed(cells: Iterable[Cell], outcomes: Sequence[str] = ("wrong", "crash")) 
     )
 
 
-def right(cells: Iterable[Cell]) -> dict[str, list[str]]:
-    """Of each template, the kinds of rows that are ok."""
-    out: dict[str, list[str]] = defaultdict(list)
+def record(cells: Iterable[Cell]) -> dict[str, Any]:
+    """Which cells are right: the kinds of rows, and for each template a digit per kind."""
+    by_template: dict[str, dict[str, bool]] = defaultdict(dict)
     for cell in cells:
-        if cell.outcome == "ok":
-            out[cell.template].append(cell.kind)
-    return dict(out)
+        by_template[cell.template][cell.kind] = cell.outcome == "ok"
+    kinds = list(next(iter(by_template.values())))
+    digits = {name: "".join(str(int(of[kind])) for kind in kinds) for name, of in by_template.items()}
+    return {"kinds": kinds, "templates": digits}
+
+
+def recorded(record: dict[str, Any]) -> set[tuple[str, str]]:
+    """The (template, kind of row) that a record calls right."""
+    return {
+        (name, kind)
+        for name, digits in record["templates"].items()
+        for kind, digit in zip(record["kinds"], digits, strict=True)
+        if digit == "1"
+    }
+
+
+def main(folder: str = "") -> None:
+    """Print the table; into a folder, if one is given, also every cell that is not ok, and the record of those that are."""
+    cells = table(templates())
+    print(counts(cells))
+    if not folder:
+        print(listed(cells))
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "cells.txt").write_text(listed(cells, ("crash", "wrong", "flagged", "refused")) + "\n")
+    (Path(folder) / "right.json").write_text(json.dumps(record(cells), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    found = table(templates())
-    print(counts(found))
-    text = listed(found, ("crash", "wrong", "flagged", "refused"))
-    if sys.argv[1:]:
-        Path(sys.argv[1]).write_text(text + "\n")
-    else:
-        print(listed(found))
+    main(*sys.argv[1:])

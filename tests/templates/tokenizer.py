@@ -20,7 +20,7 @@ CONTROL = re.compile(
 )
 
 
-OPENS = re.compile("start|begin|chatbot|think", re.IGNORECASE)
+OPENS = re.compile(r"start|begin|chatbot|think|assistant\W*$", re.IGNORECASE)
 
 
 def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
