@@ -55,21 +55,21 @@ class Template:
         return text.removesuffix(self.always)
 
     @cached_property
-    def _probe(self) -> tuple[str, str]:
-        """What stands between a question and where the model goes on, and behind an answer."""
-        plain = Kind(name="", prompt=[], chosen=[], rejected=[])
+    def _probe(self) -> tuple[str, str] | None:
+        """What stands between a question and where the model goes on, and behind an answer; None: not to be found out."""
         talk = [{"role": "user", "content": "WORDQX"}, {"role": "assistant", "content": "WORDAX"}]
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in talk]
-        for asked in (talk, parts):
+        for asked, tools in product((talk, parts), (None, [])):
+            plain = Kind(name="", prompt=[], chosen=[], rejected=[], tools=tools)
             start, whole = self.start(plain, asked[:1]), self.text(plain, asked)
             if start and whole and "WORDAX" in whole:
                 return start.partition("WORDQX")[2], whole.partition("WORDAX")[2]
-        return "", ""
+        return None
 
     @cached_property
     def always(self) -> str:
         """The generation prompt that the template writes behind an answer, asked or not; mostly empty."""
-        before, behind = self._probe
+        before, behind = self._probe or ("", "")
         shared = shared_beginning(before[::-1], behind[::-1])[::-1]
         if not (control := control_pattern(self.tokenizer).search(shared)):
             return ""
@@ -78,12 +78,11 @@ class Template:
     @cached_property
     def writes_an_end(self) -> bool:
         """Of an assistant's turn. Some end it with an empty line."""
-        before, behind = self._probe
-        return bool(behind.removesuffix(self.always).strip(" ")) or not before
+        return self._probe is None or bool(self._probe[1].removesuffix(self.always).strip(" "))
 
     def trim(self, text: str) -> str:
         """Without the white space that most templates write behind the end of a turn, and the model does not."""
-        return text.rstrip() if self._probe[1].strip() else text.rstrip(" ")
+        return text.rstrip() if self._probe is None or self._probe[1].strip() else text.rstrip(" ")
 
     def renders(self, kind: Kind, reading: Reading) -> bool:
         """All completions of a row, spelt so."""

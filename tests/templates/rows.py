@@ -30,7 +30,7 @@ class Kind:
     tools: list[dict] | None = None
     kwargs: Mapping[str, Any] | None = None
     implicit: bool = False  # chosen and rejected are whole conversations
-    field: str = ""  # what a refusal must name where another spelling of the same row works
+    fields: tuple[str, ...] = ()  # a refusal must name one of them where another spelling of the same row works
 
     @property
     def row(self) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def _turns(made: Any) -> list[Message]:
 
 def with_tools(completion: Callable[[str], Any], **more: Any) -> dict[str, Any]:
     name = f"find_{word()}"
-    return {"prompt": [user()], "tools": [tool(name)], **pair(lambda: completion(name)), **more}
+    row = {"prompt": [user()], "tools": [tool(name)], "fields": ("arguments",)}
+    return {**row, **pair(lambda: completion(name)), **more}
 
 
 @kind
@@ -168,12 +169,12 @@ def tool_call_alone():
 
 @kind
 def tool_call_with_arguments_as_text():
-    return with_tools(lambda name: assistant("", tool_calls=call(name, str)), field="arguments")
+    return with_tools(lambda name: assistant("", tool_calls=call(name, str)))
 
 
 @kind
 def tool_call_with_content_null():
-    return with_tools(lambda name: assistant(None, tool_calls=call(name)), field="content")
+    return with_tools(lambda name: assistant(None, tool_calls=call(name)), fields=("content", "arguments"))
 
 
 @kind
@@ -197,6 +198,7 @@ def tool_result_in_the_prompt():
     return {
         "prompt": [user(), assistant("", tool_calls=call(name)), result(name)],
         "tools": [tool(name)],
+        "fields": ("arguments",),
         **pair(assistant),
     }
 

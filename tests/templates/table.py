@@ -99,17 +99,17 @@ def _refused(key: str, kind: Kind, error: str, template: Template) -> Cell:
     reason = error.removeprefix(WHERE)
     if not error.startswith(WHERE) or not re.search(r"[.:] [A-Z][^.]+\.$", error):
         return Cell(key, kind.name, "wrong", (f"refusal: without row or way out: {error}",), by)
-    if kind.field and any(renders) and not renders[0] and not _names(kind.field, error, template):
-        return Cell(key, kind.name, "wrong", (f"refusal: does not name {kind.field!r}: {reason}",), by)
-    return Cell(key, kind.name, "refused", (f"refused: {reason}",), by)
+    if any(renders) and not renders[0] and kind.fields and not _names(kind.fields, error, template):
+        return Cell(key, kind.name, "wrong", (f"refusal: does not name {kind.fields[0]!r}{reason}",), by)
+    return Cell(key, kind.name, "refused", (f"refused{reason}",), by)
 
 
-def _names(field: str, error: str, template: Template) -> bool:
+def _names(fields: Sequence[str], error: str, template: Template) -> bool:
     """In words of our own, or in those that the author of the template meant for the user."""
     for raised in template.errors:
         if not isinstance(raised, TemplateError) or isinstance(raised, UndefinedError):
             error = error.replace(str(raised), "")
-    return field in error
+    return any(field in error for field in fields)
 
 
 def counts(cells: Iterable[Cell]) -> str:

@@ -53,9 +53,11 @@ def control_pattern(tokenizer: Any) -> re.Pattern[str]:
 def _end_of_an_answer(tokenizer: Any) -> str:
     """The last control token behind an answer that does not open something new (a template may add a generation prompt)."""
     conversation = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except Exception:  # a template is a program and may raise anything
-        return ""
-    behind = control_pattern(tokenizer).findall(text.partition("ANSWER")[2])
-    return next((token for token in reversed(behind) if not OPENS.search(token)), "")
+    for tools in (None, []):
+        try:
+            text = tokenizer.apply_chat_template(conversation, tools=tools, tokenize=False)
+        except Exception:  # a template is a program and may raise anything
+            continue
+        behind = control_pattern(tokenizer).findall(text.partition("ANSWER")[2])
+        return next((token for token in reversed(behind) if not OPENS.search(token)), "")
+    return ""
