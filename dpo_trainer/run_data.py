@@ -56,6 +56,8 @@ class RunData:
             write_reports(self.reports, Path(self.args.output_dir))
             if any(report.rows for report in reports):  # a stream counts as it is read
                 logger.warning("Data, by rows:\n" + report_table(reports))
+            for warning in (line for report in reports for line in report.warnings()):
+                logger.warning(warning)
 
     def has_stream(self) -> bool:
         return any(report.streaming for report in self.reports.values())

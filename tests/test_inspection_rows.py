@@ -300,23 +300,25 @@ def test_ids_of_another_tokenizer_are_found():
     assert got.first == [1]
 
 
-MARK_LAST = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if loop.last %}!{% endif %}{% endfor %}"
-DROP_SYSTEM = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 DATED = "{{ strftime_now('%d') }}" + tiny.CHAT_TEMPLATE
+OPENS = tiny.CHAT_TEMPLATE.replace(
+    "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
+)
 
 
 @pytest.mark.parametrize(
-    ("template", "wanted"),
+    ("template", "seen", "dated"),
     [
-        (tiny.CHAT_TEMPLATE, (0, 0, False)),
-        (MARK_LAST, (1, 0, False)),
-        (DROP_SYSTEM, (0, 1, False)),
-        (DATED, (0, 0, True)),
-        ("{# strftime_now #}" + tiny.CHAT_TEMPLATE, (0, 0, False)),
+        (tiny.CHAT_TEMPLATE, [], False),
+        (OPENS, ["generation_differs"], False),
+        (tiny.CHAT_TEMPLATE.replace("<|end|>", ""), ["no_end_of_turn"], False),
+        (DATED, [], True),
+        ("{# strftime_now #}" + tiny.CHAT_TEMPLATE, [], False),
     ],
-    ids=["sound", "marks-last", "drops-system", "dated", "comment"],
+    ids=["sound", "opens a thought", "no end", "dated", "comment"],
 )
-def test_template_problems(template, wanted):
+def test_habits_of_templates(template, seen, dated):
+    assert OPENS != tiny.CHAT_TEMPLATE
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     rows = [
@@ -325,16 +327,8 @@ def test_template_problems(template, wanted):
     ]
     got = found(TemplateCheck(tokenizer), rows, tokenizer)
     assert (got.conversations, got.texts, got.has_template) == (1, 1, True)
-    assert (got.prompt_not_a_beginning.rows, got.content_missing.rows, got.changes_with_the_day) == wanted
-    # Missing from the prompt, and from each of the two whole conversations that are looked at for their completions.
-    assert dict(got.missing_roles) == ({"system": 1} if wanted[1] else {})
-
-
-def test_white_space_that_a_template_strips_is_not_missing():
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("message.content", "message.content.strip()")
-    rows = [{**FORMS["conversation"], "chosen": [{"role": "assistant", "content": " yes\n"}]}]
-    assert found(TemplateCheck(tokenizer), rows, tokenizer).content_missing.rows == 0
+    assert [name for name, count in got.seen.items() if count.rows] == seen
+    assert got.changes_with_the_day == dated
 
 
 def test_two_bos():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_trainer.data.messages import SHAREGPT_ROLES, is_blank, read_messages, without_none
+from dpo_trainer.data.messages import SHAREGPT_ROLES, is_blank, read_messages, roles_are_renamed, without_none
 from dpo_trainer.data.schema import pair_from_row
 
 
@@ -110,8 +110,6 @@ def test_other_parts_are_refused(part, kind):
         "tool",
         "developer",
         "ipython",
-        "model",
-        "function",
         "critic_2",
         "user_1",
         "model_2",
@@ -127,9 +125,6 @@ def test_any_name_is_a_role(role):
     ("role", "meant"),
     [
         ("asistant", "assistant"),
-        ("Assistant", "assistant"),
-        ("User", "user"),
-        ("USER", "user"),
         ("users", "user"),
         ("systm", "system"),
         ("tools", "tool"),
@@ -137,6 +132,26 @@ def test_any_name_is_a_role(role):
 )
 def test_a_misspelt_role_is_no_role(role, meant):
     assert f"has the role '{role}'. Did you mean '{meant}'?" in refused(turn(role, "c"))
+
+
+@pytest.mark.parametrize(
+    ("role", "usual"),
+    [
+        ("human", "user"),
+        ("Human", "user"),
+        ("prompter", "user"),
+        ("USER", "user"),
+        ("gpt", "assistant"),
+        ("model", "assistant"),
+        ("bot", "assistant"),
+        ("Assistant", "assistant"),
+        ("function", "tool"),
+    ],
+)
+def test_roles_of_other_tools_are_read_as_the_usual_ones(role, usual):
+    assert read(turn(role, "c")) == [turn(usual, "c")]
+    assert roles_are_renamed([user("a"), turn(role, "c")])
+    assert not roles_are_renamed([user("a"), turn(usual, "c")])
 
 
 @pytest.mark.parametrize("calls", ["f()", {"function": {"name": "f"}}, ["f"], 3])

@@ -138,20 +138,25 @@ def test_what_a_merged_boundary_gives_to_the_completions_is_scored(tokenizer):
     assert scored(tokenizer, with_tool) == [":ab<eos>", "abc<eos>"]
 
 
+CALLS_NOT_SCORED = byte_bpe(
+    chat_template=MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and not m.tool_calls").replace(
+        "{% else %}{{ m.content }}", "{% else %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+    )
+)
+
+
 def test_markers_decide_what_is_scored():
     """Such as a template that leaves the end of a turn, or the calls of tools, to code."""
     endless = byte_bpe(chat_template=MARKED.replace("<eos>{% endgeneration %}", "{% endgeneration %}<eos>"))
     (ids,) = tokenize(endless, talk(LOOK_UP))
     assert scored(endless, ids) == ["ab", "abc"]
     assert ids.unscored == ((0, 1, 14), (0, 15, 16))
-    silent = byte_bpe(
-        chat_template=MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and not m.tool_calls")
-    )
     calls = [assistant("ab", tool_calls=[{"function": {"name": "f"}}]), *LOOK_UP[1:]]
     for prompt in ([user("q")], [user("q"), assistant("x"), user("r")]):
-        (ids,) = tokenize(silent, talk(calls, prompt=prompt))
-        assert scored(silent, ids) == ["abc<eos>"]
-        assert ids.unscored == ((0, 0, 14),)
+        (ids,) = tokenize(CALLS_NOT_SCORED, talk(calls, prompt=prompt))
+        assert scored(CALLS_NOT_SCORED, ids) == ["abc<eos>"]
+        assert ids.unscored == ((0, 0, len(ids.chosen) - 2),)
+        assert ids.flags == Flag.GENERATION_DIFFERS  # the model would write the calls
 
 
 def test_a_turn_may_be_marked_in_several_pieces():
@@ -169,7 +174,7 @@ def test_a_turn_may_be_marked_in_several_pieces():
 
 @pytest.mark.parametrize("template", [CHAT, MARKED], ids=["rendering", "markers"])
 def test_a_template_that_rewrites_earlier_turns(template):
-    """The chosen text of the first turn depends on whether another follows: without markers, nobody can tell."""
+    """The chosen text of the first turn depends on whether another follows: without markers, it is not known which is scored."""
     tokenizer = byte_bpe(chat_template=template.replace("{{ m.content }}", FORGETFUL))
     pair = talk([assistant("x/ab"), tool("42"), assistant("y/abc")])
     assert tokenizer.apply_chat_template(pair.prompt + pair.chosen, tokenize=False).count("x/") == 0
@@ -185,25 +190,32 @@ def test_a_template_that_rewrites_earlier_turns(template):
         ]
         assert all(part in message for part in said), message
     else:
-        (ids,) = tokenize(tokenizer, pair)
-        assert scored(tokenizer, ids) == ["ab<eos>", "y/abc<eos>"]
+        with pytest.raises(
+            ValueError, match=r"column 'chosen': has words of the role 'assistant' that .* does not write"
+        ):
+            tokenize(tokenizer, pair)
 
 
-def test_a_template_that_rewrites_the_prompt_once_it_is_answered():
-    """The prompt is what the texts share: from "x/" on, the answered prompt is another one."""
-    tokenizer = byte_bpe(chat_template=CHAT.replace("{{ m.content }}", FORGETFUL))
-    (ids,) = tokenize(tokenizer, talk([assistant("ab")], prompt=[user("q"), assistant("x/y"), user("r")]))
-    assert tokenizer.decode(ids.prompt + ids.chosen) == (
-        "<|user|>q<eos><|assistant|>y<eos><|user|>r<eos><|assistant|>ab<eos>"
+def test_markers_where_a_template_rewrites_earlier_turns_and_loses_nothing():
+    """The first turn is scored as it stands there, which is not how the model would write it: the row is counted."""
+    template = MARKED.replace(
+        "{{ m.content }}<eos>", "{{ m.content }}{{ '+' if m.role == 'assistant' and not loop.last }}<eos>"
     )
+    tokenizer = byte_bpe(chat_template=template)
+    (ids,) = tokenize(tokenizer, talk([assistant("ab"), tool("42"), assistant("abc")]))
+    assert scored(tokenizer, ids) == ["ab+<eos>", "abc<eos>"]
+    assert ids.flags == Flag.GENERATION_DIFFERS
 
 
-def test_a_generation_prompt_that_opens_a_thought_cannot_be_told_from_a_tool_turn():
+def test_a_generation_prompt_that_opens_a_thought_in_every_turn():
     opens = CHAT.replace(
         "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
     )
-    with pytest.raises(ValueError, match=r"Row 0 of train, column 'chosen'.*generation"):
-        tokenize(byte_bpe(chat_template=opens), talk(LOOK_UP))
+    tokenizer = byte_bpe(chat_template=opens)
+    (ids,) = tokenize(tokenizer, talk(LOOK_UP))
+    assert tokenizer.decode(ids.prompt) == "<|user|>q<eos><|assistant|>"
+    assert scored(tokenizer, ids) == ["ab<eos>", "abc<eos>"]
+    assert ids.flags == Flag.GENERATION_DIFFERS
 
 
 def test_turns_without_a_special_token_between_them():
@@ -213,7 +225,7 @@ def test_turns_without_a_special_token_between_them():
     assert tokenizer.decode(ids.prompt + ids.chosen) == "user: q\nassistant: ax\ntool: 42\nassistant: abc\n"
     assert tokenizer.decode(ids.prompt) == "user: q\nassistant"
     assert scored(tokenizer, ids) == [": ax\n", ": abc\n"]
-    assert ids.flags == Flag.MERGED_BOUNDARY
+    assert ids.flags == Flag.MERGED_BOUNDARY | Flag.NO_END_OF_TURN
 
 
 def test_two_turns_of_the_assistant_in_a_row():
@@ -264,15 +276,15 @@ def test_a_cut_through_a_tools_reply(tokenizer, length, unscored, n_scored):
 
 
 def test_a_cut_that_leaves_no_scored_token_is_no_room():
-    """Where the calls are not marked, all before the last turn is read only: 14 tokens of 16."""
-    silent = byte_bpe(
-        chat_template=MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and not m.tool_calls")
+    """Where the calls are not marked, all before the last turn is read only: all but the last two tokens."""
+    (whole,) = tokenize(
+        CALLS_NOT_SCORED, talk([assistant("ab", tool_calls=[{"function": {"name": "f"}}]), *LOOK_UP[1:]])
     )
-    (whole,) = tokenize(silent, talk([assistant("ab", tool_calls=[{"function": {"name": "f"}}]), *LOOK_UP[1:]]))
-    assert cut(whole, completion=15).scored(0) == 1
-    assert cut(whole, completion=14) == whole._replace(flags=Flag.NO_ROOM)
-    assert cut(whole, max_length=len(whole.prompt) + 14) == whole._replace(flags=Flag.NO_ROOM)
-    assert cut(whole, completion=14, too_long="drop") == whole._replace(flags=Flag.TOO_LONG)
+    read_only, lost = len(whole.chosen) - 2, whole.flags | Flag.NO_ROOM
+    assert cut(whole, completion=read_only + 1).scored(0) == 1
+    assert cut(whole, completion=read_only) == whole._replace(flags=lost)
+    assert cut(whole, max_length=len(whole.prompt) + read_only) == whole._replace(flags=lost)
+    assert cut(whole, completion=read_only, too_long="drop") == whole._replace(flags=whole.flags | Flag.TOO_LONG)
 
 
 # --- the text of control tokens ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ from templates.sources import NoTemplates, templates
 from templates.table import Cell, listed, recorded, table
 from templates.tokenizer import tokenizer_for
 from tiny_tokenizers import CHAT
+
+from dpo_trainer.data.mapping import PairMapper
+from dpo_trainer.data.options import DataOptions
+from dpo_trainer.inspection.parts import NumberedRow
+from dpo_trainer.inspection.rows import BadRow, Row, RowReader
 
 RIGHT = Path(__file__).parent / "templates" / "right.json"
 """Cells that are right, as `recorded` reads them: they may not be refused later."""
@@ -119,3 +125,29 @@ def test_the_oracle_misses_words_that_a_template_does_not_write():
     texts = Texts(asked, [[(f"{content(turns, 0)}<eos>", True)] for turns in (CALL.chosen, CALL.rejected)])
     (reason,) = {problem.reason for problem in check(CALL, texts, Template(tokenizer_for(CHAT)))}
     assert reason == "tool_calls of the completion (assistant), tools"
+
+
+@pytest.mark.slow
+def test_the_inspection_says_of_each_row_what_training_does():
+    """The same rows refused with the same words, the same tokens and flags of all others."""
+    cells()  # skips without templates
+    limits = DataOptions().limits(None)
+    compared = 0
+    for source in templates():
+        tokenizer = tokenizer_for(source.text)
+        mapper = PairMapper(tokenizer=tokenizer, limits=limits, name="train", streaming=False)
+        reader = RowReader(tokenizer=tokenizer, limits=limits)
+        rows = [NumberedRow(number, f"Row {number} of train", dict(kind.row)) for number, kind in enumerate(KINDS)]
+        for row, looked_at in zip(rows, reader.read(rows), strict=True):
+            columns = {column: [value] for column, value in row.row.items()}
+            if isinstance(looked_at, BadRow):
+                with pytest.raises(ValueError, match=re.escape(looked_at.error)):
+                    mapper(columns, [row.number])
+                continue
+            made = mapper(columns, [row.number])
+            assert isinstance(looked_at, Row)
+            ids = looked_at.cut
+            got = ids.prompt, *ids.completions, int(ids.flags)
+            assert got == tuple(made[column][0] for column in ("prompt_ids", "chosen_ids", "rejected_ids", "flags"))
+            compared += 1
+    assert compared > 1000

@@ -336,7 +336,7 @@ def test_a_generation_prompt_that_the_full_text_lacks_is_cut_where_they_part():
     (ids,) = tokenize(tokenizer, talk("cd", "ef"))
     assert tokenizer.decode(ids.prompt) == "<|user|>q<eos><|assistant|>"
     assert tokenizer.decode(ids.chosen) == "cd<eos>"
-    assert ids.flags == Flag.MERGED_BOUNDARY
+    assert ids.flags == Flag.GENERATION_DIFFERS
 
 
 def test_a_prompt_that_ends_in_an_assistant_turn_is_continued():
@@ -372,7 +372,9 @@ def test_what_a_template_cannot_do_is_said():
     with pytest.raises(ValueError, match=r"Row 1 of train: the chat template refuses.*roles must alternate"):
         tokenize(strict, pair("x", "c", "d"), talk("a", "b"))
     deaf = byte_bpe(chat_template=CHAT.replace("in messages", "in messages if m.role == 'user'"))
-    with pytest.raises(ValueError, match=r"Row 0 of train, column 'chosen': the chat template writes nothing"):
+    with pytest.raises(
+        ValueError, match=r"Row 0 of train, column 'chosen': has words of the role 'assistant' .* does not write"
+    ):
         tokenize(deaf, talk("a", "b"))
 
 

@@ -50,6 +50,7 @@ class Kind(NamedTuple):
 
     flag: Flag
     words: str
+    advice: str = ""  # what it means for the run and what to do, where a user should hear of it
 
 
 DROPPED = {
@@ -69,10 +70,24 @@ KEPT = {
     "merged_boundary": Kind(Flag.MERGED_BOUNDARY, "prompts that end inside a token, which goes to the completions"),
     "empty_prompts": Kind(Flag.EMPTY_PROMPT, "prompts of no token but BOS"),
     "control_text": Kind(Flag.CONTROL_TEXT, "rows with the text of a control token, kept as text"),
-    "generation_differs": Kind(Flag.GENERATION_DIFFERS, "training and generation follow different text"),
-    "reasoning_left_out": Kind(Flag.REASONING_LEFT_OUT, "prompts whose earlier reasoning the chat template leaves out"),
-    "no_end_of_turn": Kind(Flag.NO_END_OF_TURN, "answers to which the chat template adds no end of turn"),
-    "roles_renamed": Kind(Flag.ROLES_RENAMED, "rows with roles under another name (human, gpt ...), read as the usual ones"),
+    "generation_differs": Kind(
+        Flag.GENERATION_DIFFERS,
+        "training and generation follow different text",
+        "The generation prompt of the chat template ends with text that a finished turn lacks (such as an opened <think>), or the "
+        "template writes earlier turns anew, so the model will be asked with other text than it was trained on. Give the answers "
+        "with their reasoning, switch reasoning off in chat_template_kwargs, or use a template made for training.",
+    ),
+    "reasoning_left_out": Kind(
+        Flag.REASONING_LEFT_OUT, "prompts whose earlier reasoning the chat template leaves out"
+    ),
+    "no_end_of_turn": Kind(
+        Flag.NO_END_OF_TURN,
+        "answers to which the chat template adds no end of turn",
+        "Nothing teaches the model to stop. Use a template that writes an end of turn, such as the EOS token, after each answer.",
+    ),
+    "roles_renamed": Kind(
+        Flag.ROLES_RENAMED, "rows with other names of roles (human, gpt ...), read as the usual ones"
+    ),
 }
 """What happened to rows that are used."""
 
@@ -139,6 +154,14 @@ class DataReport:
 
     def dropped_lines(self) -> list[str]:
         return [f"{kind.words}: {self.line(name)}" for name, kind in DROPPED.items() if self.counts[name]]
+
+    def warnings(self) -> list[str]:
+        """What a user should hear of beyond the table, with what to do."""
+        return [
+            f"{self.label}: {kind.words}, {self.line(name)}. {kind.advice}"
+            for name, kind in KEPT.items()
+            if kind.advice and self.counts[name]
+        ]
 
     def refuse_unwanted(self, *, useless_pairs: str, too_long: str) -> None:
         """Raise where rows were dropped that the user wanted to hear of."""

@@ -18,8 +18,11 @@ from .template_calls import has_calls
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold what a model thinks before it answers."""
-THOUGHT = re.compile(r"\s*(?:<(\w*think\w*)>)?(?:(?!</\w*think\w*>).)*</\w*think\w*>|\s*\[THINK\].*?\[/THINK\]", re.DOTALL)
+THOUGHT = re.compile(
+    r"\s*(?:<(\w*think\w*)>)?(?:(?!</\w*think\w*>).)*</\w*think\w*>|\s*\[THINK\].*?\[/THINK\]", re.DOTALL
+)
 """A block of reasoning at the beginning of a content, whose opening tag may stand in the generation prompt."""
+THINK_TAG = re.compile(r"</?\w*think\w*>|\[/?THINK\]")
 WORD = re.compile(r"\w+")
 ESCAPE = re.compile(r'\\(?:[nrtbf"\\/]|u[0-9a-f]{4})')
 KEPT = ("role", "type", "id", "tool_call_id")
@@ -53,8 +56,21 @@ def without_thought(content: str) -> str:
 
 
 def lost_words(messages: list[Message], text: str) -> list[int]:
-    """Numbers of the messages whose words the text does not hold, in any order."""
-    return [number for number, message in enumerate(messages) if not says(text, words_of(message))]
+    """Numbers of the messages whose words the text does not hold, in any order.
+
+    Reasoning inside a content may come out with other tags, or its opening tag stand in the generation prompt.
+    """
+    contents = enumerate(map(words_of, messages))
+    return [
+        number
+        for number, content in contents
+        if not says(text, content) and not all(says(text, piece) for piece in _pieces(content))
+    ]
+
+
+def _pieces(content: str) -> list[str]:
+    pieces = THINK_TAG.split(content)
+    return pieces if len(pieces) > 1 else [content]
 
 
 # --- calls, reasoning, tools ---

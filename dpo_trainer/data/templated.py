@@ -25,19 +25,17 @@ from ..batch import Message, Pair
 from .errors import bad, clean
 from .image_text import ImageText
 from .implicit import shared_length
-from .messages import words_of
+from .messages import is_blank, words_of
 from .report import Flag
 from .template_calls import CallForm, call_form, has_calls
+from .template_traits import TAG, Traits, in_parts, traits
 from .template_words import REASONING, Lost, has_fields, lost_fields, lost_words, says, without_thought
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
-"""What is one token, or stands for one: a text is not cut inside."""
 CLOSING = re.compile(r"(?:</[^<>\s]+>|\[/[A-Z_]+\]|<\|END_[A-Z_]+\|>|<[^<>|\s]+\|>)\s*\Z")
 """A generation prompt that ends so leaves no block open: an answer follows it."""
-OPENING = re.compile(r"<(\w+)>\s*\Z|\[([A-Z_]+)\]\s*\Z|<\|START_([A-Z_]+)\|>\s*\Z")
-
-_extra_openings: dict[Any, str] = {}
+OPENING = re.compile(r"(<(\w*think\w*)>|\[(THINK)\]|<\|START_(THINKING)\|>)\s*\Z")
+"""One that ends so leaves the reasoning open."""
 
 
 class Texts(NamedTuple):
@@ -81,16 +79,26 @@ class Templated:
         calling = next(filter(has_calls, whole or [self.prompt]), None)
         return call_form(self.template, calling, self._plain) if calling else None
 
-    def _plain(self, messages: list[Message], tools: Any = None, **how: bool) -> str:
+    def _plain(self, messages: list[Message], tools: Any = None, *, as_given: bool = False, **how: bool) -> str:
         """The text of a conversation, its calls as they are."""
-        return self._apply(messages, tools or self.tools, tokenize=False, **how)
+        return self._apply(messages, tools or self.tools, as_given=as_given, tokenize=False, **how)
 
-    def _apply(self, messages: list[Message], tools: Any, **how: Any) -> Any:
-        messages = messages if self.images is None else self.images.for_template(messages)
+    def _in_form(self, messages: list[Message]) -> list[Message]:
+        """Contents as strings or as lists of parts, whichever the template reads."""
+        if self.images is not None:
+            return self.images.for_template(messages)
+        return in_parts(messages) if self._traits.takes_parts else messages
+
+    def _apply(self, messages: list[Message], tools: Any, *, as_given: bool = False, **how: Any) -> Any:
+        messages = messages if as_given else self._in_form(messages)
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **how, **self.options)
         except Exception as error:  # a template is a program of the model's author and may raise anything
-            tried = " Tool calls were tried with their arguments as objects and as JSON text." if has_calls(messages) else ""
+            tried = (
+                " Tool calls were tried with their arguments as objects and as JSON text."
+                if has_calls(messages)
+                else ""
+            )
             raise ValueError(
                 f"{self.where}: the chat template refuses these messages: {clean(error)}.{tried} Change their roles or order, or "
                 "the template."
@@ -126,7 +134,7 @@ class Templated:
 
     def parts(self) -> Texts:
         start = self._generation_prompt(self.prompt)
-        wholes = [self._without_extra_opening(self._text(self._joined(each))) for each in self.completions]
+        wholes = [self._without_opening(self._text(self._joined(each))) for each in self.completions]
         begins = [self._begins(whole, start) for whole in wholes]
         prompt, moved = start, wholes
         if not all(begins):
@@ -137,6 +145,7 @@ class Templated:
         self._check_prompt(prompt)
         for number, whole in enumerate(moved):
             self._check_completion(number, whole, prompt)
+        self.flags |= Flag.NO_END_OF_TURN * (not self._traits.ends_turns)
         return Texts(prompt, moved, edges, self.flags)
 
     def _generation_prompt(self, messages: list[Message]) -> Any:
@@ -149,7 +158,7 @@ class Templated:
 
     def _fitted(self, start: Any, wholes: list[Any]) -> tuple[Any, list[Any]]:
         """The prompt, and the prompt with each completion, where the template does not begin one with the other."""
-        bare = start if self.continued else self._text(self.prompt)
+        bare = start if self.continued else self._without_opening(self._text(self.prompt))
         if not all(self._begins(text, bare) for text in (start, *wholes)) or bare == start:
             return start, [self._behind(start, whole, number) for number, whole in enumerate(wholes)]
         ends = [self._shared(start, whole) for whole in wholes]
@@ -163,7 +172,12 @@ class Templated:
         end = shared_length(first, second)
         if self.as_ids:
             return end
-        cut = [match.start() for text in (first, second) for match in TAG.finditer(text) if match.start() < end < match.end()]
+        cut = [
+            match.start()
+            for text in (first, second)
+            for match in TAG.finditer(text)
+            if match.start() < end < match.end()
+        ]
         return min(cut, default=end)
 
     def _behind(self, start: Any, whole: Any, number: int) -> Any:
@@ -187,36 +201,18 @@ class Templated:
             )
         return start + whole[found + len(ending) :]
 
-    def _without_extra_opening(self, whole: Any) -> Any:
+    @cached_property
+    def _traits(self) -> Traits:
+        return traits(self.template, self.options, lambda messages, **how: self._plain(messages, as_given=True, **how))
+
+    def _without_opening(self, whole: Any) -> Any:
         """Without the generation prompt that some templates put behind every conversation."""
-        extra = self._extra_opening()
-        if not extra or not self._read(whole).endswith(extra):
+        opening = self._traits.opening
+        if not opening or not self._read(whole).endswith(opening):
             return whole
         if not self.as_ids:
-            return whole[: -len(extra)]
-        return whole[: -len(self.tokenizer(extra, add_special_tokens=False)["input_ids"])]
-
-    def _extra_opening(self) -> str:
-        key = (self.template, str(self.options))
-        if key not in _extra_openings:
-            _extra_openings[key] = self._probed_opening()
-        return _extra_openings[key]
-
-    def _probed_opening(self) -> str:
-        """What stands at the end of an answered conversation, is gone once a question follows, and asks for an answer."""
-        asked: list[Message] = [{"role": "user", "content": "qz1zq"}]
-        answered = [*asked, {"role": "assistant", "content": "qz2zq"}]
-        try:
-            opened = self._plain(asked, add_generation_prompt=True)
-            whole = self._plain(answered)
-            longer = self._plain([*answered, {"role": "user", "content": "qz3zq"}])
-        except ValueError:
-            return ""
-        extra = whole[shared_length(whole, longer) :]
-        for match in TAG.finditer(whole):
-            if match.start() < len(whole) - len(extra) < match.end():
-                extra = whole[match.start() :]
-        return extra if extra and "qz2zq" not in extra and opened.endswith(extra) else ""
+            return whole[: -len(opening)]
+        return whole[: -len(self.tokenizer(opening, add_special_tokens=False)["input_ids"])]
 
     # --- completions of several turns ---
 
@@ -233,10 +229,13 @@ class Templated:
             return [prompt, *edges[1:]]
         if GENERATION.search(self.template):
             at = self._marked(completion, start, whole)
+            self.flags |= Flag.GENERATION_DIFFERS * (not self._generates(at, number, start, whole))
         else:
             at = [len(edge) for edge in self._rendered_edges(number, start, whole)]
+        self.flags |= Flag.GENERATION_DIFFERS * (new != whole)  # what stands before a later turn is not as it is here
         shift = len(new) - len(whole)
-        return [prompt, *(new[: edge + shift] for edge in at[1:])]
+        first = prompt if at[0] <= len(start) else new[: at[0] + shift]
+        return [first, *(new[: edge + shift] for edge in at[1:])]
 
     def _rendered_edges(self, number: int, start: Any, whole: Any) -> list:
         completion = self.completions[number]
@@ -245,10 +244,18 @@ class Templated:
             if message["role"] != "assistant":
                 continue
             edges.append(self._turn_start(self._joined(completion[:turn]), whole) if turn else start)
-            edges.append(self._without_extra_opening(self._text(self._joined(completion[: turn + 1]))))
+            edges.append(self._without_opening(self._text(self._joined(completion[: turn + 1]))))
         if not all(self._begins(whole, edge) for edge in edges[1:]):
             raise self._cannot_tell(number)
         return edges
+
+    def _generates(self, at: list[int], number: int, start: str, whole: str) -> bool:
+        """Whether what lies between the edges is what the model would generate at each turn, white space aside."""
+        try:
+            rendered = [len(edge) for edge in self._rendered_edges(number, start, whole)]
+        except ValueError:
+            return False
+        return _outside(rendered, at, whole) == _outside(at, rendered, whole) == ""
 
     def _turn_start(self, before: list[Message], whole: Any) -> Any:
         """Up to where a later turn of the assistant begins: behind the generation prompt, or where the turn leaves it."""
@@ -265,7 +272,7 @@ class Templated:
         messages = self._joined(completion)
         messages = self._form.of(messages) if self._form else messages
         (plain,), (stretches,) = render_jinja_template(
-            [messages if self.images is None else self.images.for_template(messages)],
+            [self._in_form(messages)],
             tools=self.tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
@@ -278,7 +285,8 @@ class Templated:
         # What the marker holds of the generation prompt is no more the model's in a later turn than in the first.
         opened = start[found[0][0] :]
         later = [(begin + shared_length(opened, whole[begin:end]), end) for begin, end in found[1:]]
-        return [edge for stretch in [found[0], *later] for edge in stretch]
+        first = (max(found[0][0], len(start)), found[0][1])
+        return [edge for stretch in [first, *later] for edge in stretch]
 
     def _cannot_tell(self, number: int) -> ValueError:
         problem = "has several turns, and the chat template rewrites earlier turns: which words are the assistant's is not known"
@@ -308,22 +316,25 @@ class Templated:
             text = self._read(whole)
         for turn in lost_words(completion, text):
             raise self._not_written(name, completion[turn]["role"], "content")
+        opened = None if self.continued else OPENING.search(self._read(prompt))
+        if opened and not _closes(opened, text) and not is_blank(completion):
+            problem = f"does not close the reasoning that the generation prompt opens ({opened[1]}), so it would be trained as a thought"
+            remedy = (
+                "Give each answer with its reasoning (reasoning_content, or in front of the closing tag), or switch reasoning off for "
+                "the template in a column chat_template_kwargs"
+            )
+            raise bad(self.where, name, problem, remedy)
         if has_fields(completion, None):
             joined = self._joined(completion)
             for lost in self._lost_fields(joined, self._read(whole)):
                 at = lost.turn - (len(joined) - len(completion))
                 if at >= 0:
                     self._check_lost(name, lost._replace(turn=at), completion)
-        said = words_of(completion[-1]).strip()
-        if said and text.rstrip().endswith(said) and text.count(said) == 1:
-            self.flags |= Flag.NO_END_OF_TURN
 
     def _lost_fields(self, messages: list[Message], text: str, **how: bool) -> list[Lost]:
         messages = self._form.of(messages) if self._form else messages
         around = f"{self.template}\0{self.options}\0{how}"
-        return lost_fields(
-            messages, self.tools, text, around, lambda turns, tools: self._plain(turns, tools, **how)
-        )
+        return lost_fields(messages, self.tools, text, around, lambda turns, tools: self._plain(turns, tools, **how))
 
     def _check_lost(self, column: str, lost: Lost, messages: list[Message]) -> None:
         if column == "prompt" and lost.field in REASONING:
@@ -357,10 +368,23 @@ def _can_follow(tail: str, answer: str) -> bool:
     if CLOSING.search(tail):
         return True
     opened = OPENING.search(tail)
-    if opened is None:
-        return False
-    name = next(filter(None, opened.groups()))
-    return any(close in answer for close in (f"</{name}>", f"[/{name}]", f"<|END_{name}|>"))
+    return opened is not None and _closes(opened, answer)
+
+
+def _closes(opened: re.Match[str], text: str) -> bool:
+    tag, scratch, script = opened.group(2, 3, 4)
+    return (f"</{tag}>" if tag else f"[/{scratch}]" if scratch else f"<|END_{script}|>") in text
+
+
+def _outside(stretches: list[int], others: list[int], text: str) -> str:
+    """What lies in the stretches and not in the others, without white space. Both list where each begins and ends, in turn."""
+    covered = [False] * len(text)
+    for begin, end in zip(others[::2], others[1::2]):
+        covered[begin:end] = [True] * (end - begin)
+    inside = "".join(
+        text[at] for begin, end in zip(stretches[::2], stretches[1::2]) for at in range(begin, end) if not covered[at]
+    )
+    return inside.strip()
 
 
 def _nth(text: str, piece: str, count: int) -> int:

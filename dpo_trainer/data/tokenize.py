@@ -42,7 +42,7 @@ def tokenize_pairs(
     rows = [render(pair, tokenizer, row, control, images) for pair, row in zip(pairs, where, strict=True)]
     ids = _encode_all(tokenizer, rows, where, allow_special_tokens_in_text)
     ends = Ends.of(tokenizer)
-    out = [_pair_ids(*row, tokenizer, ends) for row in zip(pairs, rows, ids, where, strict=True)]
+    out = [_pair_ids(*row, ends) for row in zip(pairs, rows, ids, where, strict=True)]
     return out if images is None else [images.guarded(row, at) for row, at in zip(out, where, strict=True)]
 
 
@@ -92,7 +92,7 @@ def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: 
     return [next(ids) if isinstance(row.prompt, str) else row.all for row in rows]
 
 
-def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tokenizer: Any, ends: Ends) -> PairIds:
+def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, ends: Ends) -> PairIds:
     """Cut the tokenized texts of a row at the boundary that they share."""
     count = len(pair.completions)
     prompt = _prompt_ids(texts, ids[0], ends)
@@ -121,10 +121,8 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, tok
     flags |= Flag.EMPTY_PROMPT * (prompt == [ends.bos])
     completions = [whole[end:] for whole in wholes]
     for number, text in enumerate(pair.completions):
-        at = f"{where}, column {completion_name(number, count)!r}"
-        if texts.templated and not blank[number]:
-            _check_template_wrote(completions[number], text, tokenizer, at)
-        elif not blank[number]:
+        if not (texts.templated or blank[number]):
+            at = f"{where}, column {completion_name(number, count)!r}"
             completions[number] = ends.ended(completions[number], f"{text}", at)
     row = PairIds(prompt, completions, pair.pairs or ONE_PAIR, unscored, flags)
     if not any(blank):
@@ -149,14 +147,3 @@ def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt: lis
     at = [0 if edge == prompt else max(0, shared_length(edge, whole) - end) for edge in edges]
     outside = zip([0, *at[1::2]], [*at[::2], len(whole) - end], strict=True)
     return [(number, start, stop) for start, stop in outside if start < stop]
-
-
-def _check_template_wrote(completion: list[int], text: Any, tokenizer: Any, where: str) -> None:
-    """More than what stands around every answer; only a short one can be that alone."""
-    if len(completion) < 10 and not tokenizer.decode(completion, skip_special_tokens=True).strip():
-        written, said = tokenizer.decode(completion), text[0].get("content", "").strip()
-        if not said or said not in written:
-            raise ValueError(
-                f"{where}: the chat template writes nothing for this completion. Use a template that writes assistant "
-                "turns, and what they hold (tool calls)."
-            )

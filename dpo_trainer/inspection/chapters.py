@@ -167,10 +167,7 @@ def _texts(found: Inspection) -> Chapter:
     if template.conversations:
         rows += [
             (what, share(seen.rows, template.conversations), row_list(seen.first, seen.rows))
-            for what, seen in {
-                "conversations whose prompt is not the beginning": template.prompt_not_a_beginning,
-                "conversations that lose a message's content": template.content_missing,
-            }.items()
+            for what, seen in ((KEPT[name].words, seen) for name, seen in template.seen.items())
         ]
         rows += [("the template writes today's date", "yes" if template.changes_with_the_day else "no", "")]
     rows += [

@@ -1,4 +1,4 @@
-"""What only shows in the texts themselves: control tokens inside them, completions without an end, templates that lose text.
+"""What only shows in the texts themselves: control tokens inside them, completions without an end, habits of templates.
 
 Each check looks at one row after another (`see`) and keeps counts and first row numbers (`found`).
 """
@@ -10,11 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..batch import Message
-from ..data.image_text import ImageText
-from ..data.messages import words_of
-from ..data.render import control_tokens, render, strings_of
-from ..data.report import Flag
+from ..data.render import control_tokens, strings_of
+from ..data.report import KEPT, Flag
 from .rows import Row
 from .similar import FIRST
 
@@ -114,6 +111,10 @@ class UnknownIds:
             self.found.add(row.number)
 
 
+OF_TEMPLATES = ("generation_differs", "reasoning_left_out", "no_end_of_turn", "roles_renamed")
+"""Of `report.KEPT`. What a template loses or cannot do beyond that makes a bad row, as it does in training."""
+
+
 @dataclass(kw_only=True)
 class TemplateCounts:
     """Rows whose conversation comes out of the chat template other than it should."""
@@ -122,17 +123,15 @@ class TemplateCounts:
     texts: int = 0  # rows of plain text, which no template is put around
     conversations: int = 0
     changes_with_the_day: bool = False  # the template asks for today's date
-    prompt_not_a_beginning: Count = field(default_factory=Count)
-    content_missing: Count = field(default_factory=Count)
-    missing_roles: Counter[str] = field(default_factory=Counter)  # messages that do not appear, by role
+    seen: dict[str, Count] = field(default_factory=lambda: {name: Count() for name in OF_TEMPLATES})
     two_bos: Count = field(default_factory=Count)  # rows of any form
 
 
 class TemplateCheck:
-    """Renders each conversation once more, and looks for its messages in what came out."""
+    """What training counts of conversations, and what else their template does."""
 
-    def __init__(self, tokenizer: Any, images: ImageText | None = None):
-        self.tokenizer, self.images = tokenizer, images
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
         self.found = TemplateCounts(has_template=bool(tokenizer.chat_template))
 
     def see(self, row: Row) -> None:
@@ -147,18 +146,6 @@ class TemplateCheck:
         self.found.conversations += 1
         template = self.tokenizer.get_chat_template(tools=row.pair.tools)
         self.found.changes_with_the_day |= "strftime_now" in COMMENT.sub("", template)
-        texts = render(row.pair, self.tokenizer, f"Row {row.number}", None, self.images)
-        wholes = [str(whole) for whole in texts.completions]
-        if not all(whole.startswith(str(texts.prompt)) for whole in wholes):
-            self.found.prompt_not_a_beginning.add(row.number)
-        roles = _missing(row.pair.prompt, str(texts.prompt))
-        for completion, whole in zip(row.pair.completions, wholes, strict=True):
-            roles += _missing(completion, whole)  # type: ignore[arg-type]  # with a prompt of messages, so are completions
-        if roles:
-            self.found.content_missing.add(row.number)
-            self.found.missing_roles.update(roles)
-
-
-def _missing(messages: list[Message], text: str) -> list[str]:
-    """Roles of the messages whose content does not appear in the text; templates may strip white space around it."""
-    return [message["role"] for message in messages if words_of(message).strip() not in text]
+        for name, count in self.found.seen.items():
+            if row.ids.flags & KEPT[name].flag:
+                count.add(row.number)

@@ -62,7 +62,7 @@ class Collection:
         self.sample = Sample(show, seed)
         self.control_text = ControlText(tokenizer)
         self.endings = Endings(tokenizer)
-        self.template = TemplateCheck(tokenizer, images)
+        self.template = TemplateCheck(tokenizer)
         self.unknown_ids = UnknownIds(tokenizer)
         self._contents: set[int] | None = set() if deduplicate else None
 

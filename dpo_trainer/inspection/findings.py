@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..data.report import DROPPED
+from ..data.report import DROPPED, KEPT
 from .result import Inspection
 from .words import count, pair_list, row_list, share
 
@@ -74,22 +74,12 @@ def _template(found: Inspection) -> Iterator[Finding]:
             f"{share(template.texts, found.rows.read)} of the rows are plain text, and the tokenizer has a chat template: it is "
             "not put around them. If the model is to be used as a chat model, give conversations.",
         )
-    if template.prompt_not_a_beginning.rows:
-        where = row_list(template.prompt_not_a_beginning.first, template.prompt_not_a_beginning.rows)
-        yield Finding(
-            PROBLEM,
-            f"In {share(template.prompt_not_a_beginning.rows, template.conversations)} conversations the prompt's rendering "
-            f"is not the beginning of the whole conversation's ({where}): the chat template writes the last turn of the prompt "
-            "otherwise once an answer follows. The prompt ends where the two part.",
-        )
-    if template.content_missing.rows:
-        where = row_list(template.content_missing.first, template.content_missing.rows)
-        roles = ", ".join(f"{role} {number:,}" for role, number in template.missing_roles.most_common())
-        yield Finding(
-            PROBLEM,
-            f"In {share(template.content_missing.rows, template.conversations)} conversations a message's content is not in "
-            f"the rendering as written ({roles}; {where}): the chat template drops or rewrites it.",
-        )
+    for name, seen in template.seen.items():
+        if seen.rows:
+            kind = KEPT[name]
+            where = row_list(seen.first, seen.rows)
+            text = f"{share(seen.rows, template.conversations)} of the conversations ({where}): {kind.words}. {kind.advice}"
+            yield Finding(PROBLEM if kind.advice else NOTICE, text.rstrip())
     if template.two_bos.rows:
         where = row_list(template.two_bos.first, template.two_bos.rows)
         yield Finding(PROBLEM, f"{count(template.two_bos.rows, 'row')} begin with two BOS tokens ({where}).")

@@ -79,7 +79,6 @@ class Inspection:
         found = asdict(self)
         del found["shown"]
         found["endings"]["ends_in"] = _counted(self.endings.ends_in)
-        found["template"]["missing_roles"] = _counted(self.template.missing_roles)
         if self.memory is not None:
             found["memory"]["total"] = self.memory.total
             found["memory"]["total_plain"] = self.memory.total_plain

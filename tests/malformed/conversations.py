@@ -285,16 +285,16 @@ TEMPLATES = {
         make=lines(TALK | {"prompt": [user("\x1b[31m")]}),
     ),
     "that writes nothing": with_template(
-        " ", "'chosen': the chat template writes nothing", "Use a template that writes"
+        " ", "'prompt': has words of the role 'user' that the chat template does not write", "a template that writes"
     ),
     "that leaves the assistant out": with_template(
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-        "writes nothing",
+        "'chosen': has words of the role 'assistant' that the chat template does not write",
         "Use a template that",
     ),
     "that writes nothing of a tool call": with_template(
         CHAT,
-        "'chosen': the chat template writes nothing",
+        "'chosen': has tool_calls of the role 'assistant', which the chat template does not write",
         "Use a template that writes",
         make=lines(TALK | {"chosen": [CALL]}),
     ),

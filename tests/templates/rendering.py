@@ -50,26 +50,26 @@ class Template:
     def whole(self, kind: Kind, messages: list[Message]) -> str | None:
         """Up to the end of the last turn, without the generation prompt that some templates always write."""
         text = self.text(kind, messages)
-        if text is None or not self.always:
-            return text
-        return text.removesuffix(self.always)
+        return text and text.removesuffix(self.always(kind))
 
     @cached_property
     def _probe(self) -> tuple[str, str] | None:
+        return self._probed(None)
+
+    def _probed(self, kwargs: Any) -> tuple[str, str] | None:
         """What stands between a question and where the model goes on, and behind an answer; None: not to be found out."""
         talk = [{"role": "user", "content": "WORDQX"}, {"role": "assistant", "content": "WORDAX"}]
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in talk]
         for asked, tools in product((talk, parts), (None, [])):
-            plain = Kind(name="", prompt=[], chosen=[], rejected=[], tools=tools)
+            plain = Kind(name="", prompt=[], chosen=[], rejected=[], tools=tools, kwargs=kwargs)
             start, whole = self.start(plain, asked[:1]), self.text(plain, asked)
             if start and whole and "WORDAX" in whole:
                 return start.partition("WORDQX")[2], whole.partition("WORDAX")[2]
         return None
 
-    @cached_property
-    def always(self) -> str:
+    def always(self, kind: Kind | None = None) -> str:
         """The generation prompt that the template writes behind an answer, asked or not; mostly empty."""
-        before, behind = self._probe or ("", "")
+        before, behind = self._probed(kind and kind.kwargs) or ("", "")
         shared = shared_beginning(before[::-1], behind[::-1])[::-1]
         if not (control := control_pattern(self.tokenizer).search(shared)):
             return ""
@@ -78,7 +78,7 @@ class Template:
     @cached_property
     def writes_an_end(self) -> bool:
         """Of an assistant's turn. Some end it with an empty line."""
-        return self._probe is None or bool(self._probe[1].removesuffix(self.always).strip(" "))
+        return self._probe is None or bool(self._probe[1].removesuffix(self.always()).strip(" "))
 
     def trim(self, text: str) -> str:
         """Without the white space that most templates write behind the end of a turn, and the model does not."""
@@ -127,7 +127,12 @@ def joined(prompt: list[Message], completion: list[Message], continued: bool) ->
     if not continued or not completion:
         return [*prompt, *completion]
     last, first = prompt[-1], completion[0]
-    return [*prompt[:-1], {**last, **first, "content": last["content"] + first["content"]}, *completion[1:]]
+    contents = last["content"], first["content"]
+    if isinstance(contents[0], list):
+        content: Any = [{"type": "text", "text": "".join(part["text"] for content in contents for part in content)}]
+    else:
+        content = "".join(contents)
+    return [*prompt[:-1], {**last, **first, "content": content}, *completion[1:]]
 
 
 def shared_beginning(first: str, second: str) -> str:

@@ -19,7 +19,7 @@ from dpo_trainer.data.mapping import PairMapper
 from dpo_trainer.data.options import DataOptions
 from dpo_trainer.data.report import Flag
 
-from .oracle import Texts, check, keepable
+from .oracle import Problem, Texts, check, keepable
 from .rendering import Template, readings
 from .rows import KINDS, Kind
 from .sources import Template as Source
@@ -30,15 +30,12 @@ OUTCOMES = ("ok", "flagged", "refused", "wrong", "crash")
 ROW = 7
 WHERE = f"Row {ROW} of train"
 
-SAY_NOTHING = (
-    Flag["TRUNCATED_PROMPT"] | Flag["TRUNCATED_CHOSEN"] | Flag["TRUNCATED_REJECTED"] | Flag["MERGED_BOUNDARY"]
-)
-SAY_NOTHING |= Flag["EMPTY_PROMPT"] | Flag["IDENTICAL"] | Flag["NO_ROOM"] | Flag["EMPTY_COMPLETION"] | Flag["TOO_LONG"]
-SAY_NOTHING |= Flag["TIED"] | Flag["DUPLICATE"] | Flag["CONTROL_TEXT"]
-"""Flags that do not speak of a template."""
-
-NEVER = ("prompt scored", "answer not scored", "runs", "end", "arguments")
-"""No flag excuses these: such a row must be refused."""
+SAYS = {
+    Flag.GENERATION_DIFFERS: {"start", "thought", "rewritten"},
+    Flag.REASONING_LEFT_OUT: {"lost"},
+    Flag.NO_END_OF_TURN: {"no end"},
+}
+"""Which problems each flag reports. A problem that none of the row's flags reports is wrong, and some are with any flag."""
 
 
 class Cell(NamedTuple):
@@ -72,8 +69,16 @@ def _cell(key: str, kind: Kind, tokenizer: Any, template: Template) -> Cell:
         return Cell(key, kind.name, "wrong", ("identical: rows that differ are dropped as identical", *reasons))
     if not problems:
         return Cell(key, kind.name, "ok")
-    flagged = bool(flags & ~SAY_NOTHING) and not any(problem.kind in NEVER for problem in problems)
-    return Cell(key, kind.name, "flagged" if flagged else "wrong", reasons)
+    said = {name for flag, names in SAYS.items() if flags & flag for name in names}
+    told = all(
+        problem.kind in said or (problem.kind == "end" and _is_marked_short(problem, flags)) for problem in problems
+    )
+    return Cell(key, kind.name, "flagged" if told else "wrong", reasons)
+
+
+def _is_marked_short(problem: Problem, flags: Flag) -> bool:
+    """The author's own markers leave out the token that ends a call."""
+    return bool(flags & Flag.GENERATION_DIFFERS) and problem.reason.startswith("ends before")
 
 
 def _package(kind: Kind, tokenizer: Any) -> tuple[Texts, Flag]:
@@ -99,7 +104,8 @@ def _refused(key: str, kind: Kind, error: str, template: Template) -> Cell:
     reason = error.removeprefix(WHERE)
     if not error.startswith(WHERE) or not re.search(r"[.:] [A-Z][^.]+\.$", error):
         return Cell(key, kind.name, "wrong", (f"refusal: without row or way out: {error}",), by)
-    if any(renders) and not renders[0] and kind.fields and not _names(kind.fields, error, template):
+    cannot = re.search(r"does not write|not written", reason)  # in no spelling
+    if any(renders) and not renders[0] and kind.fields and not cannot and not _names(kind.fields, error, template):
         return Cell(key, kind.name, "wrong", (f"refusal: does not name {kind.fields[0]!r}{reason}",), by)
     return Cell(key, kind.name, "refused", (f"refused{reason}",), by)
 
