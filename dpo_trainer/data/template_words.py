@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..batch import Message
-from .messages import words_of
 from .template_calls import has_calls
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -60,12 +59,19 @@ def lost_words(messages: list[Message], text: str) -> list[int]:
 
     Reasoning inside a content may come out with other tags, or its opening tag stand in the generation prompt.
     """
-    contents = enumerate(map(words_of, messages))
     return [
-        number
-        for number, content in contents
-        if not says(text, content) and not all(says(text, piece) for piece in _pieces(content))
+        number for number, message in enumerate(messages) if not all(_is_said(text, part) for part in _texts(message))
     ]
+
+
+def _texts(message: Message) -> list[str]:
+    """The texts of a content, between which images may stand."""
+    content = message.get("content", "")
+    return [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+
+
+def _is_said(text: str, content: str) -> bool:
+    return says(text, content) or all(says(text, piece) for piece in _pieces(content))
 
 
 def _pieces(content: str) -> list[str]:

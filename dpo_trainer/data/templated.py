@@ -53,10 +53,14 @@ class Templated:
     def __init__(self, pair: Pair, tokenizer: Any, where: str, images: ImageText | None, *, as_ids: bool):
         self.tokenizer, self.where, self.images, self.as_ids = tokenizer, where, images, as_ids
         self.tools, self.options = pair.tools, pair.chat_template_kwargs
-        self.flags = Flag.ROLES_RENAMED * pair.roles_renamed
+        self.flags = Flag.ROLES_RENAMED if pair.roles_renamed else Flag(0)
         self.prompt = self._known_roles(cast("list[Message]", pair.prompt))
         self.completions = cast("tuple[list[Message], ...]", pair.completions)
         self.continued = self.prompt[-1]["role"] == "assistant"
+
+    def _note(self, flag: Flag, found: bool) -> None:
+        if found:
+            self.flags |= flag
 
     # --- rendering ---
 
@@ -145,7 +149,7 @@ class Templated:
         self._check_prompt(prompt)
         for number, whole in enumerate(moved):
             self._check_completion(number, whole, prompt)
-        self.flags |= Flag.NO_END_OF_TURN * (not self._traits.ends_turns)
+        self._note(Flag.NO_END_OF_TURN, not self._traits.ends_turns)
         return Texts(prompt, moved, edges, self.flags)
 
     def _generation_prompt(self, messages: list[Message]) -> Any:
@@ -229,10 +233,10 @@ class Templated:
             return [prompt, *edges[1:]]
         if GENERATION.search(self.template):
             at = self._marked(completion, start, whole)
-            self.flags |= Flag.GENERATION_DIFFERS * (not self._generates(at, number, start, whole))
+            self._note(Flag.GENERATION_DIFFERS, not self._generates(at, number, start, whole))
         else:
             at = [len(edge) for edge in self._rendered_edges(number, start, whole)]
-        self.flags |= Flag.GENERATION_DIFFERS * (new != whole)  # what stands before a later turn is not as it is here
+        self._note(Flag.GENERATION_DIFFERS, new != whole)  # what stands before a later turn is not as it is here
         shift = len(new) - len(whole)
         first = prompt if at[0] <= len(start) else new[: at[0] + shift]
         return [first, *(new[: edge + shift] for edge in at[1:])]
