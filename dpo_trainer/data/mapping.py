@@ -17,6 +17,7 @@ from .encode import eos_token_id, tokenizer_fingerprint
 from .image_places import check_none_is_shown
 from .image_source import encoded, images_of
 from .image_text import ImageText
+from .kinds import kinds_of_batch
 from .report import RowFacts, labelled
 from .schema import pair_from_row, weight_from_row
 from .tokenize import tokenize_pairs
@@ -73,9 +74,11 @@ class PairMapper:
         return labelled(self.name, self.source)
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        check_columns(batch, self.label)
-        if self.announces and indices[0] == 0:
-            announce_unread(batch, self.label)
+        if self.announces:
+            kinds = kinds_of_batch(batch)
+            check_columns(batch, self.label, kinds)
+            if indices[0] == 0:
+                announce_unread(batch, self.label, kinds)
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         numbers = indices if self.row_numbers is None else self.row_numbers[indices].tolist()
         where = [f"Row {number} of {self.label}" for number in numbers]

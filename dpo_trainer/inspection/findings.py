@@ -141,7 +141,9 @@ def _texts(found: Inspection) -> Iterator[Finding]:
         )
         kept = found.options["allow_special_tokens_in_text"]
         becomes = (
-            "they are read as control tokens, as --allow_special_tokens_in_text asks" if kept else "they stay text"
+            "they are read as control tokens, as --allow_special_tokens_in_text asks"
+            if kept
+            else "they stay text (--allow_special_tokens_in_text true reads them as tokens, where rows are templated already)"
         )
         yield Finding(NOTICE, f"Control tokens stand inside the texts ({tokens}): {becomes}.")
 
