@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers.utils import logging
 
 from .config import DPOConfig
 from .data import DataOptions, DataReport, Needs, prepare_mixture, report_table, write_reports
 from .data.content import dataset_digest
+from .loading.files import AnyDataset
+from .loading.given import Rows, datasets_of, refuse_columns
 
 logger = logging.get_logger(__name__)
-
-Rows: TypeAlias = Dataset | IterableDataset
 
 
 class RunData:
@@ -30,9 +30,10 @@ class RunData:
         self.args, self.tokenizer, self.needs = args, tokenizer, needs
         self.reports: dict[str, DataReport] = {}
 
-    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> Rows:
+    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> AnyDataset:
         """Rows of any form -> token ids, counted. A list of datasets is one mixture."""
-        parts = dataset if isinstance(dataset, list | tuple) else [dataset]
+        with self.args.main_process_first(desc=f"loading the {name} data"):
+            parts = datasets_of(dataset, name)
         if self.args.world_size > 1:
             refuse_split_streams(parts, name)
         with self.args.main_process_first(desc=f"preparing the {name} data"):
@@ -44,8 +45,11 @@ class RunData:
         self.reports.update(reports)
         return prepared
 
-    def prepare_evaluation(self, datasets: Rows | Sequence[Rows] | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
+    def prepare_evaluation(
+        self, datasets: Rows | Sequence[Rows] | Mapping[str, Rows]
+    ) -> AnyDataset | dict[str, AnyDataset]:
         if isinstance(datasets, Mapping):
+            refuse_columns(datasets, "eval")
             return {name: self.prepare(rows, f"eval {name}") for name, rows in datasets.items()}
         return self.prepare(datasets, "eval")
 
@@ -73,14 +77,14 @@ WHOLE = (
 )
 
 
-def refuse_split_streams(parts: Sequence[Rows], name: str) -> None:
+def refuse_split_streams(parts: Sequence[AnyDataset], name: str) -> None:
     """ValueError for a stream of which this process has only its share: most of its rows would never be read."""
     # A private attribute: `datasets` tells in no other way. It stays through map, filter, shuffle, and in mixtures.
     if any(getattr(part, "_distributed", None) is not None for part in parts):
         raise ValueError(f"The {name} data were split between the processes by split_dataset_by_node. {WHOLE}")
 
 
-def refuse_different_tables(table: Rows, name: str) -> None:
+def refuse_different_tables(table: AnyDataset, name: str) -> None:
     """ValueError, on all processes, if they do not hold the same rows: some would be lost, or one process would wait for
     the others for ever. All must call. A stream is not read."""
     if not isinstance(table, Dataset):

@@ -42,6 +42,8 @@ from .engines import cuts_weights, evaluation, keep_outputs_exact, prepare_froze
 from .failures import MemoryAdvice, explained
 from .fillers import refuse_empty_rounds, unweigh_fillers
 from .loading import load_processing_class, weights_beside_adapter
+from .loading.files import AnyDataset
+from .loading.given import Rows, is_rows
 from .logprobs import base_model
 from .losses import Objective
 from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
@@ -58,7 +60,7 @@ from .model_card import write_model_card
 from .precompute import Filled, Precompute
 from .reference import CachedReference, Reference
 from .run_collator import check_budget, run_collator
-from .run_data import Rows, RunData
+from .run_data import RunData
 from .run_identity import model_identity
 from .sharding import kept, whole
 
@@ -76,7 +78,8 @@ class DPOTrainer(DurableTrainer):
         args: the options; None takes every default.
         data_collator: None takes `DataCollatorForPreference` in the layout that the model allows. One of your own may
             return what other DPO libraries expect (see `PairBatch.from_completion_mask`).
-        train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones; a list of datasets is a mixture.
+        train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones: a dataset, a list of dicts, a pandas
+            DataFrame, or a path (str or Path, as --dataset_name takes it); a list of these is a mixture.
         eval_dataset: likewise, or a dict of datasets that are evaluated one by one; `evaluate(dataset)` takes raw rows too.
         processing_class: the tokenizer, or the processor of a model that sees; None loads the model's.
         compute_metrics: receives an `EvalPrediction` whose `predictions` is a dict of arrays [pairs]: `rewards/chosen`,
@@ -243,8 +246,7 @@ class DPOTrainer(DurableTrainer):
         self._signature_columns = [*FEATURES, *IMAGES]
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
-        raw = isinstance(eval_dataset, Dataset | IterableDataset | list | tuple)
-        new = raw and eval_dataset is not self.eval_dataset
+        new = is_rows(eval_dataset) and eval_dataset is not self.eval_dataset
         if new:
             eval_dataset = self.data.prepare(eval_dataset, "eval")
             self.data.report()
@@ -252,7 +254,7 @@ class DPOTrainer(DurableTrainer):
             self._fill_cache({"eval": self._named_evaluation(eval_dataset)})
         return super().get_eval_dataloader(eval_dataset)
 
-    def _named_evaluation(self, dataset: Any) -> Rows:
+    def _named_evaluation(self, dataset: Any) -> AnyDataset:
         dataset = self.eval_dataset if dataset is None else dataset
         return self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
 
@@ -396,7 +398,7 @@ class DPOTrainer(DurableTrainer):
         given = {"train": self.train_dataset, **named}
         return self._fill_cache({name: rows for name, rows in given.items() if rows is not None})
 
-    def _fill_cache(self, datasets: dict[str, Rows]) -> list[Filled]:
+    def _fill_cache(self, datasets: dict[str, AnyDataset]) -> list[Filled]:
         """Look every completion up, and compute what is missing, where there is a cache."""
         if not isinstance(self.reference, CachedReference):
             return []
@@ -416,7 +418,7 @@ class DPOTrainer(DurableTrainer):
             logger.warning(str(each))
         return filled
 
-    def _rows_read(self, dataset: Rows, name: str) -> int | None:
+    def _rows_read(self, dataset: AnyDataset, name: str) -> int | None:
         """How many rows of a training stream the run reads; of anything else all."""
         if name != "train" or isinstance(dataset, Dataset):
             return None

@@ -20,7 +20,9 @@ from ..data.image_source import images_of
 from ..data.image_text import is_processor
 from ..data.messages import image_count, read_messages
 from ..data.tokenize import tokenize_prompts
-from ..run_data import Rows, refuse_different_tables, refuse_split_streams
+from ..loading.files import AnyDataset
+from ..loading.given import Rows, datasets_of, refuse_columns
+from ..run_data import refuse_different_tables, refuse_split_streams
 from .config import OnlineDPOConfig
 
 logger = logging.get_logger(__name__)
@@ -118,11 +120,14 @@ class PromptData:
         self.reports: dict[str, Any] = {}
         self.streams = False
 
-    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> Rows:
-        if isinstance(dataset, list | tuple):
+    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> AnyDataset:
+        with self.args.main_process_first(desc=f"loading the {name} data"):
+            parts = datasets_of(dataset, name)
+        if len(parts) > 1 or (isinstance(dataset, list | tuple) and parts[0] is dataset[0]):
             raise ValueError(
                 f"The {name} data are a list of datasets: give one, such as datasets.concatenate_datasets(...)."
             )
+        dataset = parts[0]
         eos_token_id(self.tokenizer)
         if self.args.world_size > 1:
             refuse_split_streams([dataset], name)
@@ -188,8 +193,9 @@ class PromptData:
             f"{how_many} prompts of the {name} data are longer than {self.limit} tokens ({example}): {done}."
         )
 
-    def prepare_evaluation(self, datasets: Rows | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
+    def prepare_evaluation(self, datasets: Rows | Mapping[str, Rows]) -> AnyDataset | dict[str, AnyDataset]:
         if isinstance(datasets, Mapping):
+            refuse_columns(datasets, "eval")
             return {name: self.prepare(rows, f"eval {name}") for name, rows in datasets.items()}
         return self.prepare(datasets, "eval")
 

@@ -22,8 +22,8 @@ from ..batch import Text, micro_batches
 from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
 from ..fillers import unweigh_fillers
+from ..loading.given import Rows
 from ..logprobs import base_model
-from ..run_data import Rows
 from ..trainer import DPOTrainer
 from .choose import check_sampler, choose_feedback, choose_generator
 from .config import OnlineDPOConfig
