@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ class RunData:
 
     Args:
         needs: what every row that is kept must satisfy.
+        date: what the chat template writes for today, YYYY-MM-DD.
     """
 
-    def __init__(self, args: DPOConfig, tokenizer: Any, needs: Needs):
+    def __init__(self, args: DPOConfig, tokenizer: Any, needs: Needs, date: str | None = None):
         self.args, self.tokenizer, self.needs = args, tokenizer, needs
+        self.options = replace(DataOptions.from_config(args), template_date=date)
         self.reports: dict[str, DataReport] = {}
 
     def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> AnyDataset:
@@ -37,9 +40,7 @@ class RunData:
         if self.args.world_size > 1:
             refuse_split_streams(parts, name)
         with self.args.main_process_first(desc=f"preparing the {name} data"):
-            prepared, reports = prepare_mixture(
-                parts, self.tokenizer, DataOptions.from_config(self.args), name=name, needs=self.needs
-            )
+            prepared, reports = prepare_mixture(parts, self.tokenizer, self.options, name=name, needs=self.needs)
         if self.args.world_size > 1:
             refuse_different_tables(prepared, name)
         self.reports.update(reports)

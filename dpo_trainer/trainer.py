@@ -63,6 +63,7 @@ from .run_collator import check_budget, run_collator
 from .run_data import RunData
 from .run_identity import model_identity
 from .sharding import kept, whole
+from .template_date import settle_date
 
 logger = logging.get_logger(__name__)
 
@@ -139,6 +140,7 @@ class DPOTrainer(DurableTrainer):
         # Read before Trainer.__init__ sets them as well.
         self.args, self.processing_class = args, processing_class
         self.pad_token_id = check_tokenizer(processing_class)
+        self.template_date = settle_date(args, processing_class)
         model = self._assemble(start)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
@@ -219,7 +221,7 @@ class DPOTrainer(DurableTrainer):
 
     def _make_data(self, model: nn.Module) -> Any:
         """Whoever makes rows of the datasets of this run ready (run_data.py)."""
-        return RunData(self.args, self.processing_class, self._needs(model))
+        return RunData(self.args, self.processing_class, self._needs(model), self.template_date)
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
         check_budget(self.args, self.layout, datasets)
@@ -448,6 +450,7 @@ class DPOTrainer(DurableTrainer):
             **self._models,
             "loss": self.objective.description(),
             "data": None if self.train_dataset is None else dataset_digest(self.train_dataset),
+            "date": None if self.template_date is None else {"--template_date": self.template_date},
         }
 
     def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, IterableDataset
 
 from .columns import announce_unread, check_columns, compared_columns, read_columns
 from .content import content_id
+from .dates import dated
 from .encode import text_tokenizer
 from .image_columns import alike, beside, image_columns, undecoded
 from .image_source import images_of
@@ -55,7 +56,7 @@ def prepare_dataset(
     options = options or DataOptions()
     source = _source(dataset)
     images = ImageText.of(tokenizer, options.image_access)
-    tokenizer = text_tokenizer(tokenizer)
+    tokenizer = dated(text_tokenizer(tokenizer), options.template_date)
     mapper = PairMapper(
         tokenizer=tokenizer,
         limits=options.limits(getattr(tokenizer, "bos_token_id", None)),

@@ -146,7 +146,7 @@ class TemplateCheck:
             return
         self.found.conversations += 1
         template = self.tokenizer.get_chat_template(tools=row.pair.tools)
-        self.found.changes_with_the_day |= "strftime_now" in COMMENT.sub("", template)
+        self.found.changes_with_the_day |= "strftime_now" in COMMENT.sub("", template)  # or would, had a run no date
         texts = render(row.pair, self.tokenizer, f"Row {row.number}", None, self.images)
         wholes = [str(whole) for whole in texts.completions]
         if not all(whole.startswith(str(texts.prompt)) for whole in wholes):

@@ -96,8 +96,8 @@ def _template(found: Inspection) -> Iterator[Finding]:
     if template.changes_with_the_day:
         yield Finding(
             NOTICE,
-            "The chat template writes today's date (strftime_now): tokens, and every cache of them, change with the day. "
-            "Where the template allows it, fix the date with a column chat_template_kwargs.",
+            f"The chat template writes the date (strftime_now), here {found.options['template_date']}: that of a run's first day, "
+            "which its checkpoints keep. --template_date fixes it for several runs, whose tokens are then the same.",
         )
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from ..batch import Text, micro_batches
+from ..data.dates import dated
 from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
 from ..fillers import unweigh_fillers
@@ -134,7 +135,8 @@ class OnlineDPOTrainer(DPOTrainer):
             window=window,
             wait=lambda: self.accelerator.wait_for_everyone(),
         )
-        return PromptData(self.args, self.processing_class, window, vocabulary_size=self._needs(model).vocabulary_size)
+        tokenizer = dated(self.processing_class, self.template_date)
+        return PromptData(self.args, tokenizer, window, vocabulary_size=self._needs(model).vocabulary_size)
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
         """Before anything is sampled: of the longest completions that there can be."""
@@ -269,7 +271,7 @@ class OnlineDPOTrainer(DPOTrainer):
             ValueError: for the answers of a reference that is no model.
         """
         where = [f"Prompt {place}" for place in range(len(prompts))]
-        ids = tokenize_prompts(prompts, self.processing_class, where)
+        ids = tokenize_prompts(prompts, self.data.tokenizer, where)
         ask = partial(self.generator, decoding=self.args.decoding.greedy(max_new_tokens), seed=self.args.seed)
         if not reference:
             return [answer.text for (answer,) in ask(self.model_wrapped, ids, 1)]
