@@ -175,7 +175,10 @@ def test_the_inspection_shows_the_same_tokens(tmp_path):
     tiny.llama().save_pretrained(tmp_path / "model")
     found = inspect(Dataset.from_list(tiny.chat_rows(4)), tokenizer(), config, str(tmp_path / "model"))
     assert found.template.changes_with_the_day
-    assert "02 Jan 2026" in str(found.shown[0].stretches[0])
+    assert "".join(token.text for token in found.shown[0].stretches[0].tokens)[:18].startswith("Today:")
+    other = inspect(Dataset.from_list(tiny.chat_rows(4)), tokenizer(), tiny.config(tmp_path), str(tmp_path / "model"))
+    assert found.shown[0].stretches[0] != other.shown[0].stretches[0]
+    assert found.options["template_date"] == "2026-01-02"
 
 
 @pytest.mark.parametrize("value", ["30.11.2026", "2026-11-31", "2026-1-2", "today", 20261130])
