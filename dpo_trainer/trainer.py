@@ -36,6 +36,7 @@ from .data import (
 )
 from .data.columns import IMAGES
 from .data.content import dataset_digest
+from .data.encode import can_be_saved
 from .durable import DurableTrainer
 from .engine_checks import check_engine, check_placement
 from .engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
@@ -57,6 +58,7 @@ from .micro_batches import (
     weighted_mean,
 )
 from .model_card import write_model_card
+from .positions import table_of_positions, window_of
 from .precompute import Filled, Precompute
 from .reference import CachedReference, Reference
 from .run_collator import check_budget, run_collator
@@ -139,8 +141,14 @@ class DPOTrainer(DurableTrainer):
             processing_class = load_processing_class(named, trust_remote_code=args.trust_remote_code)
         # Read before Trainer.__init__ sets them as well.
         self.args, self.processing_class = args, processing_class
-        self.pad_token_id = check_tokenizer(processing_class)
+        self.pad_token_id = check_tokenizer(processing_class, _vocabulary_size(start))
         self.template_date = settle_date(args, processing_class)
+        self.tokenizer_can_be_saved = can_be_saved(processing_class)
+        if not self.tokenizer_can_be_saved:
+            logger.warning(
+                "The tokenizer cannot be written down, for a part of it is Python code: checkpoints and the trained model are saved "
+                "without it. Load it as you did for this run, and pass it as processing_class."
+            )
         model = self._assemble(start)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
@@ -238,11 +246,30 @@ class DPOTrainer(DurableTrainer):
 
     def _needs(self, model: nn.Module) -> Needs:
         return Needs(
-            vocabulary_size=getattr(base_model(model).get_input_embeddings(), "num_embeddings", None),
+            vocabulary_size=_vocabulary_size(model),
+            positions=self._positions(model),
+            window=window_of(model),
             unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
         )
 
+    def _positions(self, model: nn.Module) -> int | None:
+        """Of the model and of the references beside it; padding stands at positions too."""
+        found = (table_of_positions(each) for each in (model, *(own for _, own in self.reference.own)))
+        least = min((positions for positions in found if positions is not None), default=None)
+        return least if least is None else least - least % (self.args.pad_to_multiple_of or 1)
+
     # --- the data, as Trainer asks for it ---
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer has just told the model's configs the tokenizer's pad token: one without an embedding would make a model
+        that cannot be loaded."""
+        size, base = _vocabulary_size(self.model), base_model(self.model)
+        configs: list[Any] = [base.config.get_text_config(), getattr(base, "generation_config", None)]
+        for config in configs:
+            pad = getattr(config, "pad_token_id", None)
+            if size is not None and isinstance(pad, int) and pad >= size:
+                config.pad_token_id = self.pad_token_id
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*FEATURES, *IMAGES]
@@ -481,6 +508,15 @@ class DPOTrainer(DurableTrainer):
         self.metrics["train"].back_to(table)
         self.objective.shift.back_to(shift)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Without a tokenizer that cannot be written down: a run shall not end at its first checkpoint for it."""
+        own = self.processing_class
+        self.processing_class = own if self.tokenizer_can_be_saved else None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = own
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
@@ -490,3 +526,8 @@ class DPOTrainer(DurableTrainer):
         """Called by `push_to_hub` with what the user says there: our card, with the loss, the data and the metrics."""
         if self.is_world_process_zero():
             write_model_card(self, Path(self.args.output_dir), **fields)
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """Token ids that the model has an embedding for; None where it does not say."""
+    return getattr(base_model(model).get_input_embeddings(), "num_embeddings", None)

@@ -17,6 +17,7 @@ ORDER: list[set[str]] = [
     {"data"},
     {"attention", "head"},
     {"logprobs"},
+    {"positions"},
     {"vision"},
     {"layout"},
     {"reference"},

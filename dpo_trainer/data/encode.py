@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets.fingerprint import Hasher
+from datasets.utils._dill import dumps
 from transformers import TokenizersBackend
+
+from .errors import clean
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +30,30 @@ def text_tokenizer(processing_class: Any) -> Any:
     return twin
 
 
-def check_tokenizer(processing_class: Any) -> int:
+def check_tokenizer(processing_class: Any, vocabulary_size: int | None = None) -> int:
     """The id to pad with: the pad token's, or that of EOS (with one warning; the tokenizer itself is not changed).
 
-    Padding is masked everywhere, so the choice changes no number; flat rows have none. A tokenizer without an EOS token
+    Padding is masked everywhere, so the choice changes no number; flat rows have none. But it must have an embedding:
+    a pad token that was added beyond the `vocabulary_size` of the model is not used. A tokenizer without an EOS token
     is refused.
     """
     tokenizer = text_tokenizer(processing_class)
-    eos = eos_token_id(tokenizer)
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    logger.warning("The tokenizer has no pad token: batches are padded with its EOS token %r.", tokenizer.eos_token)
-    return eos
+    eos, pad = eos_token_id(tokenizer), tokenizer.pad_token_id
+    if pad is not None and (vocabulary_size is None or pad < vocabulary_size):
+        return pad
+    instead = eos if vocabulary_size is None or eos < vocabulary_size else 0
+    problem = (
+        "no pad token"
+        if pad is None
+        else f"a pad token with the id {pad} (the model has {vocabulary_size} embeddings)"
+    )
+    logger.warning(
+        "The tokenizer has %s: batches are padded with %s, id %d.",
+        problem,
+        f"its EOS token {tokenizer.eos_token!r}" if instead == eos else "a token that the model has",
+        instead,
+    )
+    return instead
 
 
 def eos_token_id(tokenizer: Any) -> int:
@@ -50,11 +65,40 @@ def eos_token_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """A hash of all that decides which ids a text gets: the same in every process, and before and after a call.
 
+    None for a tokenizer that cannot be written down, such as one with a part in Python: nothing tells two of them apart.
     Padding and truncation are left out: a call may switch them on inside a fast tokenizer, and we ask for neither.
     """
+    try:
+        return _fingerprint(tokenizer)
+    except Exception as error:  # of pickle, or a bare one of the Rust tokenizer
+        logger.warning("The tokenizer cannot be written down (%s): its token ids are not cached.", clean(error))
+        return None
+
+
+def can_be_saved(processing_class: Any) -> bool:
+    """Whether `save_pretrained` can write it: not a fast tokenizer with a part in Python."""
+    tokenizer = text_tokenizer(processing_class)
+    try:
+        if getattr(tokenizer, "is_fast", False):
+            tokenizer.backend_tokenizer.to_str()
+    except Exception:  # a bare one of the Rust tokenizer
+        return False
+    return True
+
+
+def works_in_processes(tokenizer: Any) -> bool:
+    """Whether it can be handed to another process; one that has a part in Python may not."""
+    try:
+        dumps(tokenizer)
+    except Exception:  # see above
+        return False
+    return True
+
+
+def _fingerprint(tokenizer: Any) -> str:
     if not getattr(tokenizer, "is_fast", False):
         return Hasher.hash(tokenizer)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
+from .caching import how_to_map
 from .columns import announce_unread, check_columns, compared_columns, read_columns
 from .content import content_id
 from .dates import dated
@@ -148,8 +149,7 @@ def _prepare_table(
             with_indices=True,
             remove_columns=read,
             features=Features(FEATURES | NOTES),
-            num_proc=options.dataset_num_proc,
-            new_fingerprint=mapper.fingerprint(plain),
+            **how_to_map(mapper.tokenizer, mapper.fingerprint(plain), options.dataset_num_proc),
             desc=f"Tokenizing {mapper.label}",
         )
     facts = _facts(mapped)
@@ -163,7 +163,9 @@ def _prepare_table(
     report.refuse_empty()
     warn_of_templated(report)
     margins = mapped["margin"] if needs.unusable_margin else ()
-    needs.check(np.asarray(mapped["largest_id"]), margins, keep, numbers, mapper.label)
+    longest = np.asarray(mapped["longest"])
+    needs.check(np.asarray(mapped["largest_id"]), longest, margins, keep, numbers, mapper.label)
+    needs.warn_beyond_window(longest, keep, numbers, mapper.label)
     mapped = mapped.remove_columns(list(NOTES))
     if mapper.images is not None and (columns := image_columns(plain)):
         with _progress_bars(not options.disable_tqdm):

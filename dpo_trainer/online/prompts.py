@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..batch import Text
+from ..data.caching import how_to_map
 from ..data.columns import IMAGES, REFUSED
 from ..data.encode import eos_token_id, tokenizer_fingerprint
 from ..data.errors import bad
@@ -70,9 +71,13 @@ class PromptMapper:
             ids = [row[-self.limit :] for row in ids]
         return {"prompt": prompts, "example_id": indices, "prompt_ids": ids, "length": lengths}
 
-    def fingerprint(self, dataset: Dataset) -> str:
+    def fingerprint(self, dataset: Dataset) -> str | None:
+        """The cache key of the mapped dataset; None where the tokenizer has none."""
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        if tokenizer is None:
+            return None
         options = [self.limit, self.cut, self.allow_special_tokens_in_text, self.vocabulary_size]
-        parts = [VERSION, dataset._fingerprint, *options, tokenizer_fingerprint(self.tokenizer)]
+        parts = [VERSION, dataset._fingerprint, *options, tokenizer]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -155,8 +160,7 @@ class PromptData:
             mapper,
             batched=True,
             with_indices=True,
-            num_proc=self.args.dataset_num_proc,
-            new_fingerprint=mapper.fingerprint(dataset),
+            **how_to_map(mapper.tokenizer, mapper.fingerprint(dataset), self.args.dataset_num_proc),
             desc=f"tokenizing the {mapper.name} prompts",
         )
 

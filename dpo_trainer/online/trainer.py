@@ -24,12 +24,12 @@ from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
 from ..fillers import unweigh_fillers
 from ..loading.given import Rows
-from ..logprobs import base_model
+from ..positions import table_of_positions, window_of
 from ..trainer import DPOTrainer
 from .choose import check_sampler, choose_feedback, choose_generator
 from .config import OnlineDPOConfig
 from .feedback import Feedback, FeedbackUnavailable
-from .generation import Generator, window_of
+from .generation import Generator
 from .metrics import ONLINE_METRICS, objective_means
 from .prompts import PromptData, collate_prompts
 from .rollout import Rollout
@@ -125,7 +125,7 @@ class OnlineDPOTrainer(DPOTrainer):
     # --- the parts, built once ---
 
     def _make_data(self, model: nn.Module) -> PromptData:
-        longest = (window_of(base_model(model)), self.args.max_length)
+        longest = (window_of(model), table_of_positions(model), self.args.max_length)
         window = min((tokens for tokens in longest if tokens is not None), default=None)
         self.generator: Generator = self.given_generator or choose_generator(
             self.args,
