@@ -108,7 +108,7 @@ def test_a_path_with_several_splits(tmp_path):
     [
         (
             datasets.DatasetDict({"train": Dataset.from_list(ROWS)}),
-            r"DatasetDict of splits\. Name one of them: 'train'",
+            r"DatasetDict, not one dataset\. Name one of its splits: 'train'",
         ),
         ({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, r"dict of columns: .*Dataset\.from_dict"),
         ([], r"have no rows"),

@@ -8,9 +8,10 @@ import pytest
 import tiny
 from datasets import Dataset
 from tokenizers import pre_tokenizers
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from dpo_trainer.data.encode import can_be_saved, tokenizer_fingerprint, works_in_processes
+from dpo_trainer.loading import load_tokenizer, models
 from dpo_trainer.online import OnlineDPOConfig
 from dpo_trainer.online.prompts import PromptData
 
@@ -112,3 +113,80 @@ def test_prompts_of_online_training(make):
     data = PromptData(args, make(), None, vocabulary_size=300)
     rows = data.prepare([{"prompt": "cat"}, {"prompt": "owl"}], "train")
     assert data.tokenizer.decode(rows[1]["prompt_ids"]) == "owl"
+
+
+# --- mistral-common's ---
+
+
+class MistralCommonBackend(PreTrainedTokenizerFast):
+    """What transformers makes where mistral-common is installed, as far as it is odd: it holds another tokenizer, has no chat
+    template, writes conversations itself, and takes few options. (Named as there: by its name it is known.)"""
+
+    tokenizer = object()
+    is_fast = False
+    finished = False
+
+    @property
+    def added_tokens_decoder(self):
+        return print if self.finished else super().added_tokens_decoder  # a method there
+
+    def __call__(self, texts, *, add_special_tokens, padding, truncation, return_attention_mask, verbose):
+        plain = tiny.tokenizer()(texts, add_special_tokens=False, split_special_tokens=True)
+        return {"input_ids": [[4, *ids] for ids in plain["input_ids"]]}
+
+    def apply_chat_template(self, *args, **kwargs):
+        raise AssertionError("no chat template")
+
+
+def of_mistral_common():
+    own = MistralCommonBackend(tokenizer_object=tiny.tokenizer().backend_tokenizer, eos_token="<|end|>", bos_token="!")
+    own.finished = True
+    assert (own.bos_token_id, own.chat_template) == (4, None)
+    return own
+
+
+def test_text_is_read_by_mistral_common(tmp_path):
+    train = Dataset.from_list([{"prompt": "a", "chosen": "b <|end|> c", "rejected": "d"}] * 4)
+    trainer = made(tmp_path, of_mistral_common, train)
+    row, ids = trainer.train_dataset[0], tiny.tokenizer()("ab <|end|> c", split_special_tokens=True)["input_ids"]
+    assert (row["prompt_ids"], row["chosen_ids"]) == ([4, ids[0]], [*ids[1:], tiny.END])
+    trainer.train()
+
+
+def test_what_mistral_common_cannot_do_is_refused_with_what_can(tmp_path):
+    with pytest.raises(ValueError, match=r"Row 0 of train is a conversation, .*mistral-common.*mistral_format=False"):
+        made(tmp_path, of_mistral_common, tiny.chat_rows(3))
+    with pytest.raises(ValueError, match=r"no control tokens in text, which --allow_special_tokens_in_text asks for"):
+        made(tmp_path, of_mistral_common, tiny.rows(3), allow_special_tokens_in_text=True)
+    args = tiny.config("unused", kind=OnlineDPOConfig, max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"is a conversation, .*mistral_format=False"):
+        PromptData(args, of_mistral_common(), None, vocabulary_size=300).prepare(tiny.chat_rows(2), "train")
+
+
+def test_a_folder_with_tekken_alone_has_a_tokenizer(tmp_path, monkeypatch):
+    """And one with tokenizer.json beside it gives that one, which has the chat template, wherever it is loaded."""
+    asked = []
+
+    def from_pretrained(name, **how):
+        asked.append(how)
+        return "the tokenizer"
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    (tmp_path / "tekken.json").write_text("{}")
+    assert load_tokenizer(str(tmp_path)) == "the tokenizer"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert load_tokenizer(str(tmp_path)) == "the tokenizer"
+    assert [how.get("mistral_format") for how in asked] == [None, False]
+
+
+def test_tekken_without_its_library_is_refused_by_name(tmp_path, monkeypatch):
+    def from_pretrained(name, **how):
+        raise ImportError("\nMistralConverter requires the mistral-common library but it was not found")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", from_pretrained)
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"The tokenizer of .* did not load: MistralConverter requires the mistral-common"
+    ):
+        load_tokenizer(str(tmp_path))

@@ -7,12 +7,12 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets.fingerprint import Hasher
 from datasets.utils._dill import dumps
-from transformers import TokenizersBackend
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from .errors import clean
 
@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 def text_tokenizer(processing_class: Any) -> Any:
     """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    if isinstance(
+        processing_class, PreTrainedTokenizerBase
+    ):  # some hold another one, of the library that they stand for
+        return processing_class
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     template = getattr(processing_class, "chat_template", None)
     if template is None or template == tokenizer.chat_template:
@@ -96,6 +100,34 @@ def works_in_processes(tokenizer: Any) -> bool:
     except Exception:  # see above
         return False
     return True
+
+
+def is_mistral_common(tokenizer: Any) -> bool:
+    """Whether it is transformers' cover of mistral-common, which `AutoTokenizer` gives where that library is installed. It reads
+    control tokens in no text, and writes conversations by a program of its own instead of a chat template."""
+    return any(base.__name__ == "MistralCommonBackend" for base in type(tokenizer).__mro__)
+
+
+def check_writes_conversations(tokenizer: Any, where: str) -> None:
+    """Refuse a conversation where there is no chat template to write it."""
+    if is_mistral_common(tokenizer):
+        raise ValueError(
+            f"{where} is a conversation, and the tokenizer is that of mistral-common (MistralCommonBackend), which has no chat "
+            "template. Pass as processing_class the tokenizer of a repository of the model that has tokenizer.json, by AutoTokenizer."
+            "from_pretrained(name, mistral_format=False), with the chat_template to be used; or give the rows as plain strings."
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{where} is a conversation, and the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
+            "model is to be used with, or give the row as plain strings."
+        )
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The texts of the tokens that it calls special."""
+    added = tokenizer.added_tokens_decoder
+    named = {token.content for token in added.values() if token.special} if isinstance(added, Mapping) else set()
+    return named | set(tokenizer.all_special_tokens)
 
 
 def _fingerprint(tokenizer: Any) -> str:
@@ -174,15 +206,22 @@ def _encode(tokenizer: Any, texts: list[str], add_special_tokens: bool, control_
         finally:
             backend.encode_special_tokens = before
         return [encoding.ids for encoding in encoded]
+    how: dict[str, Any] = {"split_special_tokens": control_as_text, "return_token_type_ids": False}
+    if is_mistral_common(tokenizer):
+        if not control_as_text:
+            raise ValueError(
+                "mistral-common reads no control tokens in text, which --allow_special_tokens_in_text asks for. Leave it out, or pass as "
+                "processing_class a tokenizer from tokenizer.json: AutoTokenizer.from_pretrained(name, mistral_format=False)"
+            )
+        how = {}
     return tokenizer(
         texts,
         add_special_tokens=add_special_tokens,
         padding=False,
         truncation=False,
         return_attention_mask=False,
-        return_token_type_ids=False,
-        split_special_tokens=control_as_text,
         verbose=False,  # its warning about long texts comes before ours can cut them
+        **how,
     )["input_ids"]
 
 

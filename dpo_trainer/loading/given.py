@@ -62,7 +62,7 @@ def _dataset(given: Any, name: str) -> AnyDataset:
     if isinstance(given, Mapping):
         refuse_columns(given, name)
         splits = ", ".join(map(repr, given))
-        raise ValueError(f"{name} is a {type(given).__name__} of splits. Name one of them: {splits}.")
+        raise ValueError(f"{name} is a {type(given).__name__}, not one dataset. Name one of its splits: {splits}.")
     raise ValueError(f"{name} is a {type(given).__name__}, not a dataset. {WAYS}")
 
 
