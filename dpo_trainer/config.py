@@ -251,6 +251,13 @@ class DPOConfig(TrainingArguments):
             "user cannot end a turn. On for files that are templated already."
         },
     )
+    template_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "The date, YYYY-MM-DD, that chat templates write which ask for today's. Default: that of the checkpoint in the "
+            "output folder, else of the reference cache, else today's; a run has one date from its first step to its last."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None,
         metadata={"help": "Processes for tokenization. The fast tokenizer already uses every core in one."},
@@ -397,6 +404,7 @@ class DPOConfig(TrainingArguments):
         check_loss_arguments(self)
         checks.check_bounds(self)
         checks.check_lengths(self)
+        checks.check_template_date(self)
         checks.check_moving_reference(self)
         checks.check_nonfinite(self)
         checks.check_cache(self)

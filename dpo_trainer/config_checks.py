@@ -10,6 +10,7 @@ import torch
 from transformers.trainer_utils import has_length
 from transformers.utils import is_liger_kernel_available
 
+from .data.dates import checked_date
 from .registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ def check_lengths(config: DPOConfig) -> None:
         raise ValueError(
             f"--max_prompt_length {config.max_prompt_length} leaves no room for a completion in --max_length "
             f"{config.max_length}: raise --max_length or lower --max_prompt_length."
+        )
+
+
+def check_template_date(config: DPOConfig) -> None:
+    if config.template_date is not None and checked_date(config.template_date) is None:
+        raise ValueError(
+            f"--template_date must be a day as YYYY-MM-DD, such as 2026-11-30, got {config.template_date!r}."
         )
 
 

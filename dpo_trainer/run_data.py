@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers.utils import logging
 
 from .config import DPOConfig
 from .data import DataOptions, DataReport, Needs, prepare_mixture, report_table, write_reports
 from .data.content import dataset_digest
+from .loading.files import AnyDataset
+from .loading.given import Rows, datasets_of, refuse_columns
 
 logger = logging.get_logger(__name__)
-
-Rows: TypeAlias = Dataset | IterableDataset
 
 
 class RunData:
@@ -24,28 +25,32 @@ class RunData:
 
     Args:
         needs: what every row that is kept must satisfy.
+        date: what the chat template writes for today, YYYY-MM-DD.
     """
 
-    def __init__(self, args: DPOConfig, tokenizer: Any, needs: Needs):
+    def __init__(self, args: DPOConfig, tokenizer: Any, needs: Needs, date: str | None = None):
         self.args, self.tokenizer, self.needs = args, tokenizer, needs
+        self.options = replace(DataOptions.from_config(args), template_date=date)
         self.reports: dict[str, DataReport] = {}
 
-    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> Rows:
+    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> AnyDataset:
         """Rows of any form -> token ids, counted. A list of datasets is one mixture."""
-        parts = dataset if isinstance(dataset, list | tuple) else [dataset]
+        with self.args.main_process_first(desc=f"loading the {name} data"):
+            parts = datasets_of(dataset, name)
         if self.args.world_size > 1:
             refuse_split_streams(parts, name)
         with self.args.main_process_first(desc=f"preparing the {name} data"):
-            prepared, reports = prepare_mixture(
-                parts, self.tokenizer, DataOptions.from_config(self.args), name=name, needs=self.needs
-            )
+            prepared, reports = prepare_mixture(parts, self.tokenizer, self.options, name=name, needs=self.needs)
         if self.args.world_size > 1:
             refuse_different_tables(prepared, name)
         self.reports.update(reports)
         return prepared
 
-    def prepare_evaluation(self, datasets: Rows | Sequence[Rows] | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
+    def prepare_evaluation(
+        self, datasets: Rows | Sequence[Rows] | Mapping[str, Rows]
+    ) -> AnyDataset | dict[str, AnyDataset]:
         if isinstance(datasets, Mapping):
+            refuse_columns(datasets, "eval")
             return {name: self.prepare(rows, f"eval {name}") for name, rows in datasets.items()}
         return self.prepare(datasets, "eval")
 
@@ -75,14 +80,14 @@ WHOLE = (
 )
 
 
-def refuse_split_streams(parts: Sequence[Rows], name: str) -> None:
+def refuse_split_streams(parts: Sequence[AnyDataset], name: str) -> None:
     """ValueError for a stream of which this process has only its share: most of its rows would never be read."""
     # A private attribute: `datasets` tells in no other way. It stays through map, filter, shuffle, and in mixtures.
     if any(getattr(part, "_distributed", None) is not None for part in parts):
         raise ValueError(f"The {name} data were split between the processes by split_dataset_by_node. {WHOLE}")
 
 
-def refuse_different_tables(table: Rows, name: str) -> None:
+def refuse_different_tables(table: AnyDataset, name: str) -> None:
     """ValueError, on all processes, if they do not hold the same rows: some would be lost, or one process would wait for
     the others for ever. All must call. A stream is not read."""
     if not isinstance(table, Dataset):

@@ -21,6 +21,7 @@ WORDS = {
     "base": "the weights below the adapter",
     "loss": "the loss",
     "data": "the training data",
+    "date": "the date that the chat template writes",
     "reference": "the reference model",
     "adapter": "the settings of the adapter",
     "optimizer": "the optimizer (--optim)",
@@ -45,6 +46,14 @@ def write_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], t
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     content = _read(folder)
     return content["state"], load_file(folder / TENSORS_FILE) if content["tensors"] else {}
+
+
+def date_of_run(folder: Path) -> str | None:
+    """The date that the chat template wrote in the run of a checkpoint; None where there is none to be read."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text())["run"]["date"]["--template_date"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def refuse_another_run(checkpoint: str, identity: dict[str, Any], *, force: bool) -> None:

@@ -36,12 +36,15 @@ from .data import (
 )
 from .data.columns import IMAGES
 from .data.content import dataset_digest
+from .data.encode import can_be_saved
 from .durable import DurableTrainer
 from .engine_checks import check_engine, check_placement
 from .engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
 from .failures import MemoryAdvice, explained
 from .fillers import refuse_empty_rounds, unweigh_fillers
 from .loading import load_processing_class, weights_beside_adapter
+from .loading.files import AnyDataset
+from .loading.given import Rows, is_rows
 from .logprobs import base_model
 from .losses import Objective
 from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
@@ -55,12 +58,14 @@ from .micro_batches import (
     weighted_mean,
 )
 from .model_card import write_model_card
+from .positions import table_of_positions, window_of
 from .precompute import Filled, Precompute
 from .reference import CachedReference, Reference
 from .run_collator import check_budget, run_collator
-from .run_data import Rows, RunData
+from .run_data import RunData
 from .run_identity import model_identity
 from .sharding import kept, whole
+from .template_date import settle_date
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +81,8 @@ class DPOTrainer(DurableTrainer):
         args: the options; None takes every default.
         data_collator: None takes `DataCollatorForPreference` in the layout that the model allows. One of your own may
             return what other DPO libraries expect (see `PairBatch.from_completion_mask`).
-        train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones; a list of datasets is a mixture.
+        train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones: a dataset, a list of dicts, a pandas
+            DataFrame, or a path (str or Path, as --dataset_name takes it); a list of these is a mixture.
         eval_dataset: likewise, or a dict of datasets that are evaluated one by one; `evaluate(dataset)` takes raw rows too.
         processing_class: the tokenizer, or the processor of a model that sees; None loads the model's.
         compute_metrics: receives an `EvalPrediction` whose `predictions` is a dict of arrays [pairs]: `rewards/chosen`,
@@ -135,7 +141,14 @@ class DPOTrainer(DurableTrainer):
             processing_class = load_processing_class(named, trust_remote_code=args.trust_remote_code)
         # Read before Trainer.__init__ sets them as well.
         self.args, self.processing_class = args, processing_class
-        self.pad_token_id = check_tokenizer(processing_class)
+        self.pad_token_id = check_tokenizer(processing_class, _vocabulary_size(start))
+        self.template_date = settle_date(args, processing_class)
+        self.tokenizer_can_be_saved = can_be_saved(processing_class)
+        if not self.tokenizer_can_be_saved:
+            logger.warning(
+                "The tokenizer cannot be written down, for a part of it is Python code: checkpoints and the trained model are saved "
+                "without it. Load it as you did for this run, and pass it as processing_class."
+            )
         model = self._assemble(start)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
@@ -216,7 +229,7 @@ class DPOTrainer(DurableTrainer):
 
     def _make_data(self, model: nn.Module) -> Any:
         """Whoever makes rows of the datasets of this run ready (run_data.py)."""
-        return RunData(self.args, self.processing_class, self._needs(model))
+        return RunData(self.args, self.processing_class, self._needs(model), self.template_date)
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
         check_budget(self.args, self.layout, datasets)
@@ -233,18 +246,36 @@ class DPOTrainer(DurableTrainer):
 
     def _needs(self, model: nn.Module) -> Needs:
         return Needs(
-            vocabulary_size=getattr(base_model(model).get_input_embeddings(), "num_embeddings", None),
+            vocabulary_size=_vocabulary_size(model),
+            positions=self._positions(model),
+            window=window_of(model),
             unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
         )
 
+    def _positions(self, model: nn.Module) -> int | None:
+        """Of the model and of the references beside it; padding stands at positions too."""
+        found = (table_of_positions(each) for each in (model, *(own for _, own in self.reference.own)))
+        least = min((positions for positions in found if positions is not None), default=None)
+        return least if least is None else least - least % (self.args.pad_to_multiple_of or 1)
+
     # --- the data, as Trainer asks for it ---
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer has just told the model's configs the tokenizer's pad token: one without an embedding would make a model
+        that cannot be loaded."""
+        size, base = _vocabulary_size(self.model), base_model(self.model)
+        configs: list[Any] = [base.config.get_text_config(), getattr(base, "generation_config", None)]
+        for config in configs:
+            pad = getattr(config, "pad_token_id", None)
+            if size is not None and isinstance(pad, int) and pad >= size:
+                config.pad_token_id = self.pad_token_id
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*FEATURES, *IMAGES]
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
-        raw = isinstance(eval_dataset, Dataset | IterableDataset | list | tuple)
-        new = raw and eval_dataset is not self.eval_dataset
+        new = is_rows(eval_dataset) and eval_dataset is not self.eval_dataset
         if new:
             eval_dataset = self.data.prepare(eval_dataset, "eval")
             self.data.report()
@@ -252,7 +283,7 @@ class DPOTrainer(DurableTrainer):
             self._fill_cache({"eval": self._named_evaluation(eval_dataset)})
         return super().get_eval_dataloader(eval_dataset)
 
-    def _named_evaluation(self, dataset: Any) -> Rows:
+    def _named_evaluation(self, dataset: Any) -> AnyDataset:
         dataset = self.eval_dataset if dataset is None else dataset
         return self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
 
@@ -396,7 +427,7 @@ class DPOTrainer(DurableTrainer):
         given = {"train": self.train_dataset, **named}
         return self._fill_cache({name: rows for name, rows in given.items() if rows is not None})
 
-    def _fill_cache(self, datasets: dict[str, Rows]) -> list[Filled]:
+    def _fill_cache(self, datasets: dict[str, AnyDataset]) -> list[Filled]:
         """Look every completion up, and compute what is missing, where there is a cache."""
         if not isinstance(self.reference, CachedReference):
             return []
@@ -416,7 +447,7 @@ class DPOTrainer(DurableTrainer):
             logger.warning(str(each))
         return filled
 
-    def _rows_read(self, dataset: Rows, name: str) -> int | None:
+    def _rows_read(self, dataset: AnyDataset, name: str) -> int | None:
         """How many rows of a training stream the run reads; of anything else all."""
         if name != "train" or isinstance(dataset, Dataset):
             return None
@@ -446,6 +477,7 @@ class DPOTrainer(DurableTrainer):
             **self._models,
             "loss": self.objective.description(),
             "data": None if self.train_dataset is None else dataset_digest(self.train_dataset),
+            "date": None if self.template_date is None else {"--template_date": self.template_date},
         }
 
     def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -476,6 +508,15 @@ class DPOTrainer(DurableTrainer):
         self.metrics["train"].back_to(table)
         self.objective.shift.back_to(shift)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Without a tokenizer that cannot be written down: a run shall not end at its first checkpoint for it."""
+        own = self.processing_class
+        self.processing_class = own if self.tokenizer_can_be_saved else None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.processing_class = own
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
@@ -485,3 +526,8 @@ class DPOTrainer(DurableTrainer):
         """Called by `push_to_hub` with what the user says there: our card, with the loss, the data and the metrics."""
         if self.is_world_process_zero():
             write_model_card(self, Path(self.args.output_dir), **fields)
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """Token ids that the model has an embedding for; None where it does not say."""
+    return getattr(base_model(model).get_input_embeddings(), "num_embeddings", None)

@@ -36,11 +36,12 @@ from dpo_trainer.loading.columns import parse_columns
 from dpo_trainer.loading.datasets import eval_rows
 from dpo_trainer.online import judges  # noqa: F401  # registers those that come with the package
 from dpo_trainer.online.feedback import FeedbackUnavailable, make_judge, parse_options
-from dpo_trainer.online.generation import Decoding, TransformersGenerator, end_tokens, window_of
+from dpo_trainer.online.generation import Decoding, TransformersGenerator, end_tokens
 from dpo_trainer.online.prompts import read_prompt
 from dpo_trainer.online.reward_model import RewardModel
 from dpo_trainer.online.rewards import Rewards
 from dpo_trainer.online.win_rate import check_level, compare_answers
+from dpo_trainer.positions import window_of
 
 COMPLETIONS = ("chosen", "rejected")
 OF_SAMPLING = ("columns", "dtype", "max_new_tokens", "temperature", "batch_size")

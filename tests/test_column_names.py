@@ -78,14 +78,15 @@ def test_every_column_that_is_read_can_be_mapped():
         ("chosen=a,rejected=a", r"--columns takes 'a' for several columns \(chosen, rejected\)"),
         ("prompt", r"--columns 'prompt' cannot be read\. Write ours=theirs"),
         ("prompt=a,", r"cannot be read"),
-        ("prompt=", r"cannot be read"),
         ("=a", r"cannot be read"),
         ("prompt=a=b", r"cannot be read"),
         ("", r"cannot be read"),
         ('{"prompt"', r"is not valid JSON"),
         ('{"prompt": ["a"]}', r"'prompt' and \['a'\] must both be names"),
-        ({"prompt": None}, r"'prompt' and None must both be names"),
-        ({"prompt": ""}, r"must both be names"),
+        ({"prompt": 3}, r"'prompt' and 3 must both be names"),
+        ({"": "a"}, r"must both be names"),
+        ("prompt=question,question=", r"--columns takes 'question', and leaves it out: say one of the two"),
+        ("system=,system=a", r"--columns names 'system' twice"),
         (["prompt=a"], r"--columns is of type list\. Write ours=theirs"),
     ],
     ids=str,
@@ -182,3 +183,32 @@ def test_it_holds_for_the_rows_to_evaluate_on_too(tmp_path, monkeypatch, streami
                 folder, columns=MAPPING, eval_name_or_path=str(tmp_path / "other.csv"), streaming=streaming
             )[1]
         )
+
+
+# --- columns that are left out ---
+
+
+@pytest.mark.parametrize(
+    "given", ["prompt=question,prompt_id=,worst=", '{"prompt": "question", "prompt_id": null, "worst": ""}']
+)
+def test_a_name_with_nothing_behind_it_leaves_a_column_out(given):
+    assert parse_columns(given) == {"prompt": "question", "prompt_id": "", "worst": ""}
+    assert parse_columns(parse_columns(given)) == parse_columns(given)
+
+
+@pytest.mark.parametrize("form", ["table", "stream", "blind stream"])
+def test_columns_that_are_left_out_are_gone(form):
+    dataset = rows_of(form, [{**row, "system": "s", "note": "n"} for row in ROWS])
+    got = list(rename_columns(dataset, parse_columns("system=,prompt=question,note=")))
+    assert got == [{"prompt": row["question"], "best": row["best"], "worst": row["worst"]} for row in ROWS]
+
+
+def test_one_that_is_not_there_cannot_be_left_out(dataset):
+    with pytest.raises(ValueError, match=r"--columns wurst=: .* has no column 'wurst'\. Did you mean 'worst'\?"):
+        list(rename_columns(dataset, {"wurst": ""}))
+
+
+def test_a_file_without_one_of_its_columns(tmp_path):
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected,weight\na,b,c,3\n")
+    train, _ = load_dataset_splits(str(tmp_path / "pairs.csv"), columns="weight=")
+    assert train[:] == {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}

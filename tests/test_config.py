@@ -374,6 +374,7 @@ def test_loss_module_is_imported(tmp_path):
 # A value other than the default for every own field, with what else it takes to be allowed.
 ROUND_TRIP = {
     "image_root": "pictures",
+    "template_date": "2026-11-30",
     "allow_image_urls": True,
     "cache_processed_images": True,
     "freeze_vision_tower": True,

@@ -483,10 +483,10 @@ def test_bad_arguments_are_refused():
 
 
 def test_an_implicit_prompt_beside_unread_columns_is_announced(caplog):
-    rows = [{"question": "q", "chosen": "so yes", "rejected": "so no"}]
+    rows = [{"note": "q", "chosen": "so yes", "rejected": "so no"}]
     prepared, _ = prepare(Dataset.from_list(rows))
     assert TOKENIZER.decode(prepared[0]["prompt_ids"]) == "so"
-    assert "not read: question" in caplog.text
+    assert "not read: note" in caplog.text
 
 
 # --- streams ---

@@ -110,7 +110,7 @@ def test_streams_of_a_mixture_take_turns_until_all_have_ended(tmp_path):
 def test_tables_and_streams_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="all of them tables or all of them streams"):
         tiny.trainer(tmp_path, train=[tiny.dataset(3), tiny.dataset(3).to_iterable_dataset()])
-    with pytest.raises(ValueError, match="at least one dataset"):
+    with pytest.raises(ValueError, match="The train data have no rows"):
         tiny.trainer(tmp_path, train=[])
 
 

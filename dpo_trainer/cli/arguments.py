@@ -34,8 +34,9 @@ class ScriptArguments:
     columns: dict[str, str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the columns in the dataset, ours=theirs: prompt=question,chosen=best. In YAML also a mapping. "
-            "For the rows to evaluate on too; in a mixture each dataset has its own."
+            "help": "Names of the columns in the dataset, ours=theirs: prompt=question,chosen=best. A name with nothing behind it "
+            "leaves that column out: system=,question=. In YAML also a mapping. For the rows to evaluate on too; in a mixture "
+            "each dataset has its own."
         },
     )
     dataset_config: str | None = field(

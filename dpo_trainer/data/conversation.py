@@ -13,6 +13,7 @@ from ..batch import Message, Pair
 from .errors import bad
 from .implicit import split_messages
 from .messages import image_count, read_messages, roles_are_renamed, without_none, words_of
+from .other_names import columns_option
 from .parts import Parts
 
 OURS = {
@@ -32,9 +33,10 @@ def pair_of_messages(row: Mapping[str, Any], parts: Parts, where: str) -> Pair:
     if parts.prompt is None:
         prompt, *completions = _split(completions, where)
     else:
+        _check_asks(messages[parts.prompt], completions[0], parts.prompt, where)
         prompt, *completions = _without_repeated_prompt(messages[parts.prompt], completions, row[parts.prompt])
     for name, completion in zip(parts.names, completions, strict=True):
-        _check_completion(completion, where, name)
+        _check_completion(completion, where, name, parts.prompt)
     prompt = _with_system(prompt, row.get("system"), where)
     renamed = any(map(roles_are_renamed, parts.values.values()))
     return Pair.of(prompt, completions, parts.pairs, roles_renamed=renamed, **_template_options(row, where))
@@ -67,10 +69,27 @@ def _without_repeated_prompt(
     return prompt, *completions
 
 
-def _check_completion(completion: list[Message], where: str, column: str) -> None:
+def _check_asks(prompt: list[Message], chosen: list[Message], column: str, where: str) -> None:
+    """Refuse a prompt that holds the chosen answer already: the model would learn to give it twice."""
+    answer = words_of(prompt[-1]).strip()
+    if prompt[-1]["role"] != "assistant" or not answer or answer != words_of(chosen[-1]).strip():
+        return
+    if chosen[0]["role"] != "assistant":
+        remedy = (
+            f"Leave it out, for 'chosen' and 'rejected' repeat the prompt: --columns {columns_option({column: ''})}"
+        )
+    else:
+        remedy = f'End it before the answer: dataset.map(lambda row: {{"{column}": row["{column}"][:-1]}})'
+    raise bad(where, column, "ends with the answer that 'chosen' gives", remedy)
+
+
+def _check_completion(completion: list[Message], where: str, column: str, prompt: str | None) -> None:
     first, last = completion[0]["role"], completion[-1]["role"]
     if first != "assistant":
-        remedy = "Move the turns before it to 'prompt', or remove the column 'prompt' if all completions repeat it"
+        remedy = "Move the turns before it to 'prompt'"
+        if prompt is not None:
+            repeated = f"remove the column {prompt!r} if all completions repeat it (--columns {prompt}=)"
+            remedy = f"{remedy}, or {repeated}"
         raise bad(where, column, f"starts with a {first!r} turn; a completion starts with 'assistant'", remedy)
     if any(map(image_count, completion)):
         remedy = "Images belong to the prompt, which all completions share: give it in a column of its own"

@@ -7,17 +7,24 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets.fingerprint import Hasher
-from transformers import TokenizersBackend
+from datasets.utils._dill import dumps
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+from .errors import clean
 
 logger = logging.getLogger(__name__)
 
 
 def text_tokenizer(processing_class: Any) -> Any:
     """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    if isinstance(
+        processing_class, PreTrainedTokenizerBase
+    ):  # some hold another one, of the library that they stand for
+        return processing_class
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     template = getattr(processing_class, "chat_template", None)
     if template is None or template == tokenizer.chat_template:
@@ -27,18 +34,30 @@ def text_tokenizer(processing_class: Any) -> Any:
     return twin
 
 
-def check_tokenizer(processing_class: Any) -> int:
+def check_tokenizer(processing_class: Any, vocabulary_size: int | None = None) -> int:
     """The id to pad with: the pad token's, or that of EOS (with one warning; the tokenizer itself is not changed).
 
-    Padding is masked everywhere, so the choice changes no number; flat rows have none. A tokenizer without an EOS token
+    Padding is masked everywhere, so the choice changes no number; flat rows have none. But it must have an embedding:
+    a pad token that was added beyond the `vocabulary_size` of the model is not used. A tokenizer without an EOS token
     is refused.
     """
     tokenizer = text_tokenizer(processing_class)
-    eos = eos_token_id(tokenizer)
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    logger.warning("The tokenizer has no pad token: batches are padded with its EOS token %r.", tokenizer.eos_token)
-    return eos
+    eos, pad = eos_token_id(tokenizer), tokenizer.pad_token_id
+    if pad is not None and (vocabulary_size is None or pad < vocabulary_size):
+        return pad
+    instead = eos if vocabulary_size is None or eos < vocabulary_size else 0
+    problem = (
+        "no pad token"
+        if pad is None
+        else f"a pad token with the id {pad} (the model has {vocabulary_size} embeddings)"
+    )
+    logger.warning(
+        "The tokenizer has %s: batches are padded with %s, id %d.",
+        problem,
+        f"its EOS token {tokenizer.eos_token!r}" if instead == eos else "a token that the model has",
+        instead,
+    )
+    return instead
 
 
 def eos_token_id(tokenizer: Any) -> int:
@@ -50,11 +69,68 @@ def eos_token_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     """A hash of all that decides which ids a text gets: the same in every process, and before and after a call.
 
+    None for a tokenizer that cannot be written down, such as one with a part in Python: nothing tells two of them apart.
     Padding and truncation are left out: a call may switch them on inside a fast tokenizer, and we ask for neither.
     """
+    try:
+        return _fingerprint(tokenizer)
+    except Exception as error:  # of pickle, or a bare one of the Rust tokenizer
+        logger.warning("The tokenizer cannot be written down (%s): its token ids are not cached.", clean(error))
+        return None
+
+
+def can_be_saved(processing_class: Any) -> bool:
+    """Whether `save_pretrained` can write it: not a fast tokenizer with a part in Python."""
+    tokenizer = text_tokenizer(processing_class)
+    try:
+        if getattr(tokenizer, "is_fast", False):
+            tokenizer.backend_tokenizer.to_str()
+    except Exception:  # a bare one of the Rust tokenizer
+        return False
+    return True
+
+
+def works_in_processes(tokenizer: Any) -> bool:
+    """Whether it can be handed to another process; one that has a part in Python may not."""
+    try:
+        dumps(tokenizer)
+    except Exception:  # see above
+        return False
+    return True
+
+
+def is_mistral_common(tokenizer: Any) -> bool:
+    """Whether it is transformers' cover of mistral-common, which `AutoTokenizer` gives where that library is installed. It reads
+    control tokens in no text, and writes conversations by a program of its own instead of a chat template."""
+    return any(base.__name__ == "MistralCommonBackend" for base in type(tokenizer).__mro__)
+
+
+def check_writes_conversations(tokenizer: Any, where: str) -> None:
+    """Refuse a conversation where there is no chat template to write it."""
+    if is_mistral_common(tokenizer):
+        raise ValueError(
+            f"{where} is a conversation, and the tokenizer is that of mistral-common (MistralCommonBackend), which has no chat "
+            "template. Pass as processing_class the tokenizer of a repository of the model that has tokenizer.json, by AutoTokenizer."
+            "from_pretrained(name, mistral_format=False), with the chat_template to be used; or give the rows as plain strings."
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{where} is a conversation, and the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
+            "model is to be used with, or give the row as plain strings."
+        )
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The texts of the tokens that it calls special."""
+    added = tokenizer.added_tokens_decoder
+    named = {token.content for token in added.values() if token.special} if isinstance(added, Mapping) else set()
+    return named | set(tokenizer.all_special_tokens)
+
+
+def _fingerprint(tokenizer: Any) -> str:
     if not getattr(tokenizer, "is_fast", False):
         return Hasher.hash(tokenizer)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -130,15 +206,22 @@ def _encode(tokenizer: Any, texts: list[str], add_special_tokens: bool, control_
         finally:
             backend.encode_special_tokens = before
         return [encoding.ids for encoding in encoded]
+    how: dict[str, Any] = {"split_special_tokens": control_as_text, "return_token_type_ids": False}
+    if is_mistral_common(tokenizer):
+        if not control_as_text:
+            raise ValueError(
+                "mistral-common reads no control tokens in text, which --allow_special_tokens_in_text asks for. Leave it out, or pass as "
+                "processing_class a tokenizer from tokenizer.json: AutoTokenizer.from_pretrained(name, mistral_format=False)"
+            )
+        how = {}
     return tokenizer(
         texts,
         add_special_tokens=add_special_tokens,
         padding=False,
         truncation=False,
         return_attention_mask=False,
-        return_token_type_ids=False,
-        split_special_tokens=control_as_text,
         verbose=False,  # its warning about long texts comes before ours can cut them
+        **how,
     )["input_ids"]
 
 

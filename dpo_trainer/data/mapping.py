@@ -17,6 +17,7 @@ from .encode import eos_token_id, tokenizer_fingerprint
 from .image_places import check_none_is_shown
 from .image_source import encoded, images_of
 from .image_text import ImageText
+from .kinds import kinds_of_batch
 from .report import RowFacts, labelled
 from .schema import pair_from_row, weight_from_row
 from .tokenize import tokenize_pairs
@@ -40,7 +41,9 @@ FEATURES = Features(
 STREAMED_IMAGES = Features({"images": List({"bytes": Value("binary"), "path": Value("string")})})
 """The images of a row of a stream; in a table they stay in the columns that they came in."""
 
-NOTES = Features({"flags": Value("int32"), "left_out": Value("int32"), "largest_id": Value("int32")})
+NOTES = Features(
+    {"flags": Value("int32"), "left_out": Value("int32"), "largest_id": Value("int32"), "longest": Value("int32")}
+)
 """What a report needs to know of it besides."""
 
 BATCH = 512
@@ -73,9 +76,11 @@ class PairMapper:
         return labelled(self.name, self.source)
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        check_columns(batch, self.label)
-        if self.announces and indices[0] == 0:
-            announce_unread(batch, self.label)
+        if self.announces:
+            kinds = kinds_of_batch(batch)
+            check_columns(batch, self.label, kinds)
+            if indices[0] == 0:
+                announce_unread(batch, self.label, kinds)
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         numbers = indices if self.row_numbers is None else self.row_numbers[indices].tolist()
         where = [f"Row {number} of {self.label}" for number in numbers]
@@ -102,6 +107,7 @@ class PairMapper:
             "flags": [int(pair.flags) for pair in ids],
             "left_out": [pair.left_out for pair in ids],
             "largest_id": list(map(self._largest_id, ids)),
+            "longest": [len(pair.prompt) + max(map(len, pair.completions)) for pair in ids],
         }
         if self.streaming and self.images is not None:
             out["images"] = shown
@@ -127,11 +133,15 @@ class PairMapper:
             prompt = [number for number in prompt if number not in self.images.image_ids]
         return max(max(text, default=0) for text in (prompt, *ids.completions))
 
-    def fingerprint(self, dataset: Dataset) -> str:
-        """The cache key of the mapped dataset. Left alone, `datasets` would hash the tokenizer, which changes in use."""
+    def fingerprint(self, dataset: Dataset) -> str | None:
+        """The cache key of the mapped dataset. Left alone, `datasets` would hash the tokenizer, which changes in use.
+
+        None where a tokenizer has no fingerprint."""
         tokenizer = None
         if not is_tokenized(dataset.column_names) and self.tokenizer is not None:
             tokenizer = tokenizer_fingerprint(self.tokenizer)
+            if tokenizer is None:
+                return None
         options = [asdict(self.limits), self.allow_special_tokens_in_text, self.first_id]
         if self.images is not None:
             options += [self.images.fingerprint, asdict(self.images.access)]

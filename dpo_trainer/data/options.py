@@ -22,6 +22,7 @@ class DataOptions:
     max_pairs_per_prompt: int | None = None
     deduplicate: bool = False
     allow_special_tokens_in_text: bool = False
+    template_date: str | None = None
     dataset_num_proc: int | None = None
     disable_tqdm: bool = False
     image_root: str | None = None

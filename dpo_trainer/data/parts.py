@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from ..batch import Preferred
 from .columns import PAIR, PROMPTS, check_columns
 from .errors import bad
+from .kinds import kinds_of_values
+from .other_names import refuse_lost_prompt
 from .ranking import against_each, ranked
 
 
@@ -30,9 +32,10 @@ def find_parts(row: Mapping[str, Any], where: str) -> Parts:
     elif set(PAIR) <= set(row):
         completions, pairs = _of_pair(row, where)
     else:
-        check_columns(row, where)
+        check_columns(row, where, kinds_of_values(row))
         raise _is_none(where, "completions")
     prompt = _prompt_column(row, where)
+    refuse_lost_prompt(row, prompt, completions if prompt is None else {prompt: row[prompt], **completions}, where)
     if prompt is None and len(completions) > 2:
         raise ValueError(f"{where} has several completions and no prompt. Give what they share in a column 'prompt'.")
     values = completions if prompt is None else {prompt: row[prompt], **completions}

@@ -12,17 +12,20 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
-from .columns import announce_unread, check_columns, read_columns
+from .caching import how_to_map
+from .columns import announce_unread, check_columns, compared_columns, read_columns
 from .content import content_id
+from .dates import dated
 from .encode import text_tokenizer
 from .image_columns import alike, beside, image_columns, undecoded
 from .image_source import images_of
 from .image_text import ImageText
+from .kinds import kinds_of_features
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
 from .needs import Needs
 from .options import DataOptions
 from .report import USELESS, DataReport, Flag, RowFacts
-from .stream import prepare_stream
+from .stream import prepare_stream, warn_of_templated
 from .truncate import PairIds
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,7 @@ def prepare_dataset(
     options = options or DataOptions()
     source = _source(dataset)
     images = ImageText.of(tokenizer, options.image_access)
-    tokenizer = text_tokenizer(tokenizer)
+    tokenizer = dated(text_tokenizer(tokenizer), options.template_date)
     mapper = PairMapper(
         tokenizer=tokenizer,
         limits=options.limits(getattr(tokenizer, "bos_token_id", None)),
@@ -127,16 +130,17 @@ def _way_out(dataset: Any) -> str:
 def _check_table(dataset: Dataset, name: str) -> None:
     if not len(dataset):
         raise ValueError(f"{name} has no rows. Check its file or its split.")
-    columns = dataset.column_names
-    check_columns(columns, name)
-    announce_unread(columns, name)
+    columns, kinds = dataset.column_names, kinds_of_features(dataset.features)
+    check_columns(columns, name, kinds)
+    announce_unread(columns, name, kinds)
 
 
 def _prepare_table(
     dataset: Dataset, mapper: PairMapper, options: DataOptions, needs: Needs
 ) -> tuple[Dataset, DataReport]:
     plain = undecoded(dataset.with_format(None), mapper.label)
-    read = read_columns(plain.column_names)  # what is the user's own is not even decoded
+    columns = plain.column_names
+    read = read_columns(columns) + compared_columns(columns)  # what is the user's own is not even decoded
     with _progress_bars(not options.disable_tqdm):
         mapped = plain.select_columns(read).map(
             mapper,
@@ -145,8 +149,7 @@ def _prepare_table(
             with_indices=True,
             remove_columns=read,
             features=Features(FEATURES | NOTES),
-            num_proc=options.dataset_num_proc,
-            new_fingerprint=mapper.fingerprint(plain),
+            **how_to_map(mapper.tokenizer, mapper.fingerprint(plain), options.dataset_num_proc),
             desc=f"Tokenizing {mapper.label}",
         )
     facts = _facts(mapped)
@@ -158,8 +161,11 @@ def _prepare_table(
     keep = report.add(facts, numbers)
     report.refuse_unwanted(useless_pairs=options.useless_pairs, too_long=options.too_long)
     report.refuse_empty()
+    warn_of_templated(report)
     margins = mapped["margin"] if needs.unusable_margin else ()
-    needs.check(np.asarray(mapped["largest_id"]), margins, keep, numbers, mapper.label)
+    longest = np.asarray(mapped["longest"])
+    needs.check(np.asarray(mapped["largest_id"]), longest, margins, keep, numbers, mapper.label)
+    needs.warn_beyond_window(longest, keep, numbers, mapper.label)
     mapped = mapped.remove_columns(list(NOTES))
     if mapper.images is not None and (columns := image_columns(plain)):
         with _progress_bars(not options.disable_tqdm):

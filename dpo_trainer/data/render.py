@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..batch import Message, Pair, Text
+from .encode import check_writes_conversations, special_tokens
 from .errors import bad
 from .image_places import check_none_is_shown, has_images, placed
 from .image_text import ImageText
@@ -41,8 +42,7 @@ class Rendered(NamedTuple):
 
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Matches the text of any token that steers the model: those that the tokenizer calls special, or control tokens of its chats."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= {*tokenizer.all_special_tokens, *(getattr(tokenizer, "chat_control_tokens", None) or ())}
+    special = special_tokens(tokenizer) | set(getattr(tokenizer, "chat_control_tokens", None) or ())
     longest_first = sorted(special, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -114,11 +114,7 @@ def _conversation(
     pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None, images: ImageText | None
 ) -> Templated:
     found = control is not None and any(map(control.search, strings_of(pair)))
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"{where} is a conversation, and the tokenizer has no chat template. Set tokenizer.chat_template to the one the "
-            "model is to be used with, or give the row as plain strings."
-        )
+    check_writes_conversations(tokenizer, where)
     if control is not None and found:
         _check_can_stay_text(pair, where, control)
     return Templated(pair, _sanitizing(tokenizer) if found else tokenizer, where, images, as_ids=found)

@@ -69,7 +69,10 @@ KEPT = {
     "truncated_rejected": Kind(Flag.TRUNCATED_REJECTED, "rejected completions truncated at their end"),
     "merged_boundary": Kind(Flag.MERGED_BOUNDARY, "prompts that end inside a token, which goes to the completions"),
     "empty_prompts": Kind(Flag.EMPTY_PROMPT, "prompts of no token but BOS"),
-    "control_text": Kind(Flag.CONTROL_TEXT, "rows with the text of a control token, kept as text"),
+    "control_text": Kind(
+        Flag.CONTROL_TEXT,
+        "rows with the text of a control token, kept as text (--allow_special_tokens_in_text: as tokens)",
+    ),
     "generation_differs": Kind(
         Flag.GENERATION_DIFFERS,
         "training and generation follow different text",

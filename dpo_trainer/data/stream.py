@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from datasets import Features, IterableDataset
 
-from .columns import announce_unread, check_columns, read_columns
+from .columns import announce_unread, check_columns, compared_columns, read_columns
 from .image_columns import undecoded
+from .kinds import kinds_of_features
 from .mapping import BATCH, FEATURES, NOTES, STREAMED_IMAGES, PairMapper, facts_of
 from .needs import Needs
 from .options import DataOptions
@@ -33,8 +34,9 @@ def prepare_stream(
     """Nothing is read yet: the report fills as rows flow. Rows go through one to one, then the gate drops."""
     columns = dataset.column_names  # None where a stream does not know them before it is read
     if columns is not None:
-        check_columns(columns, mapper.label)
-        announce_unread(columns, mapper.label)
+        kinds = kinds_of_features(dataset.features)
+        check_columns(columns, mapper.label, kinds)
+        announce_unread(columns, mapper.label, kinds)
     if options.deduplicate:
         raise ValueError(
             f"--deduplicate would have to remember all of {mapper.label}, a stream: leave out --streaming or --deduplicate."
@@ -49,7 +51,7 @@ def prepare_stream(
     report = DataReport(name=mapper.name, source=mapper.source, streaming=True)
     plain = undecoded(dataset.with_format(None), mapper.label)
     if columns is not None:
-        columns = read_columns(columns)  # what is the user's own is not even decoded
+        columns = read_columns(columns) + compared_columns(columns)  # what is the user's own is not even decoded
         plain = plain.select_columns(columns)
     stream = plain.map(mapper, batched=True, batch_size=BATCH, with_indices=True, remove_columns=columns)
     stream = stream.filter(
@@ -63,6 +65,19 @@ def prepare_stream(
     return stream.select_columns(list(features)).cast(features), report
 
 
+def warn_of_templated(report: DataReport) -> None:
+    """Where most rows hold control tokens, a chat template was put around them already."""
+    found = report.counts["control_text"]
+    if 2 * found > report.kept:
+        logger.warning(
+            "%s: %d of %d rows hold the text of control tokens, as rows do that a chat template was put around already. It is kept as "
+            "text, which the model does not take for turns: say --allow_special_tokens_in_text true to read them as tokens.",
+            report.label,
+            found,
+            report.kept,
+        )
+
+
 GATE_COLUMNS = [*NOTES, "prompt_ids", "pairs", "margin", "length"]
 
 
@@ -73,6 +88,7 @@ class StreamGate:
     report: DataReport
     options: DataOptions
     needs: Needs
+    told_of_window: bool = False
 
     def __deepcopy__(self, memo: dict) -> StreamGate:
         """`interleave_datasets` copies its streams; their counts still belong into this report."""
@@ -83,10 +99,17 @@ class StreamGate:
         batch = dict(zip(GATE_COLUMNS, columns, strict=True))
         before = self.report.dropped
         numbers = np.asarray(indices)
+        first = not self.report.rows
         keep = self.report.add(facts_of(batch), numbers)
+        if first:
+            warn_of_templated(self.report)
         if self.report.dropped > before:
             self._refuse_or_warn(before)
-        self.needs.check(np.asarray(batch["largest_id"]), batch["margin"], keep, numbers, self.report.label)
+        longest = np.asarray(batch["longest"])
+        self.needs.check(np.asarray(batch["largest_id"]), longest, batch["margin"], keep, numbers, self.report.label)
+        self.told_of_window = self.told_of_window or self.needs.warn_beyond_window(
+            longest, keep, numbers, self.report.label
+        )
         return keep.tolist()
 
     def _refuse_or_warn(self, before: int) -> None:

@@ -86,8 +86,8 @@ def _template(found: Inspection) -> Iterator[Finding]:
     if template.changes_with_the_day:
         yield Finding(
             NOTICE,
-            "The chat template writes today's date (strftime_now): tokens, and every cache of them, change with the day. "
-            "Where the template allows it, fix the date with a column chat_template_kwargs.",
+            f"The chat template writes the date (strftime_now), here {found.options['template_date']}: that of a run's first day, "
+            "which its checkpoints keep. --template_date fixes it for several runs, whose tokens are then the same.",
         )
 
 
@@ -131,7 +131,9 @@ def _texts(found: Inspection) -> Iterator[Finding]:
         )
         kept = found.options["allow_special_tokens_in_text"]
         becomes = (
-            "they are read as control tokens, as --allow_special_tokens_in_text asks" if kept else "they stay text"
+            "they are read as control tokens, as --allow_special_tokens_in_text asks"
+            if kept
+            else "they stay text (--allow_special_tokens_in_text true reads them as tokens, where rows are templated already)"
         )
         yield Finding(NOTICE, f"Control tokens stand inside the texts ({tokens}): {becomes}.")
 

@@ -14,6 +14,7 @@ from ..cli import ScriptArguments
 from ..cli.data import load_data
 from ..data.columns import check_columns
 from ..data.image_columns import undecoded
+from ..data.kinds import kinds_of_features
 from ..data.prepare import row_numbers
 
 
@@ -39,7 +40,7 @@ class Part:
     def rows(self, take: np.ndarray | None) -> Iterator[NumberedRow]:
         """All rows, or those at the places `take` of a table."""
         if self.dataset.column_names is not None:
-            check_columns(self.dataset.column_names, self.name)
+            check_columns(self.dataset.column_names, self.name, kinds_of_features(self.dataset.features))
         rows: Any = undecoded(self.dataset.with_format(None), self.name)
         if isinstance(rows, IterableDataset):
             numbers: Any = range(self.first, 2**62)

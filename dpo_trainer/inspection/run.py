@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from datasets import Dataset, IterableDataset
 
 from ..cli import ModelArguments, ScriptArguments
 from ..config import DPOConfig
+from ..data.dates import dated
 from ..data.encode import eos_token_id, text_tokenizer
 from ..data.image_text import ImageText
 from ..data.options import DataOptions
 from ..loading import load_processing_class
+from ..template_date import settle_date
 from .arguments import InspectionArguments
 from .collect import Collection
 from .estimate import optimizer_steps
@@ -76,9 +78,9 @@ def inspect(
     parts = in_order(["train"], [data]) if isinstance(data, Dataset | IterableDataset) else data
     model = ModelArguments(model_name_or_path=model) if isinstance(model, str) else model
     arguments = arguments or InspectionArguments()
-    options = DataOptions.from_config(config)
+    options = replace(DataOptions.from_config(config), template_date=settle_date(config, tokenizer))
     images = ImageText.of(tokenizer, options.image_access)
-    tokenizer = text_tokenizer(tokenizer)
+    tokenizer = dated(text_tokenizer(tokenizer), options.template_date)
     reader = RowReader(
         tokenizer=tokenizer,
         images=images,

@@ -1,4 +1,4 @@
-"""Columns that have other names in a dataset than here: `--columns prompt=question,chosen=best`."""
+"""Columns that have other names in a dataset than here, or are not to be read: `--columns prompt=question,source=`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ logger = logging.getLogger(__name__)
 OURS = tuple(column for column in READ if column not in PREPARED)
 """The columns that a dataset may bring under another name."""
 
-WRITE = "Write ours=theirs with commas between, such as prompt=question,chosen=best, or a mapping {ours: theirs}."
+WRITE = (
+    "Write ours=theirs with commas between, such as prompt=question,chosen=best, or a mapping {ours: theirs}. A name with nothing "
+    "behind it, as in system=, leaves that column out."
+)
 
 T = TypeVar("T", Dataset, IterableDataset)
 
 
 def parse_columns(given: str | Mapping[str, str] | None, flag: str = "--columns") -> dict[str, str]:
-    """{our name: theirs}, checked, from `ours=theirs,...`, a JSON object, or a mapping. `flag` names it in errors."""
+    """{our name: theirs}, checked, from `ours=theirs,...`, a JSON object, or a mapping. `flag` names it in errors.
+
+    A column of the dataset that shall not be read stands on the left, with nothing on the right (None or "" in a mapping):
+    it comes back as {its name: ""}.
+    """
     pairs = _pairs(given, flag)
     if len(dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
@@ -33,10 +40,12 @@ def parse_columns(given: str | Mapping[str, str] | None, flag: str = "--columns"
         raise ValueError(f"{flag} names {double!r} twice. Each of our columns comes from one of theirs.")
     mapping = dict(pairs)
     for ours, theirs in mapping.items():
-        if ours not in OURS:
+        if ours not in OURS and theirs:
             raise ValueError(f"{flag}: {_unknown(ours, theirs)}")
-    sources = list(mapping.values())
+    sources = [theirs for theirs in mapping.values() if theirs]
     for theirs in sources:
+        if mapping.get(theirs) == "":
+            raise ValueError(f"{flag} takes {theirs!r}, and leaves it out: say one of the two.")
         if sources.count(theirs) > 1:
             users = ", ".join(ours for ours, source in mapping.items() if source == theirs)
             raise ValueError(f"{flag} takes {theirs!r} for several columns ({users}). Each column goes to one.")
@@ -52,7 +61,7 @@ def _pairs(given: str | Mapping[str, str] | None, flag: str) -> list[tuple[str, 
     if isinstance(given, str):
         parts = [part.split("=") for part in given.split(",")]
         pairs = [(part[0].strip(), part[1].strip()) for part in parts if len(part) == 2]
-        if len(pairs) < len(parts) or not all(ours and theirs for ours, theirs in pairs):
+        if len(pairs) < len(parts) or not all(ours for ours, _ in pairs):
             raise ValueError(f"{flag} {given!r} cannot be read. {WRITE}")
         return pairs
     if given is not None and not isinstance(given, Mapping):
@@ -61,9 +70,10 @@ def _pairs(given: str | Mapping[str, str] | None, flag: str) -> list[tuple[str, 
 
 
 def _names(pairs: list[tuple[Any, Any]], flag: str) -> list[tuple[str, str]]:
-    for pair in pairs:
-        if not all(isinstance(name, str) and name for name in pair):
-            raise ValueError(f"{flag}: {pair[0]!r} and {pair[1]!r} must both be names. {WRITE}")
+    pairs = [(ours, "" if theirs is None else theirs) for ours, theirs in pairs]
+    for ours, theirs in pairs:
+        if not (isinstance(ours, str) and ours and isinstance(theirs, str)):
+            raise ValueError(f"{flag}: {ours!r} and {theirs!r} must both be names. {WRITE}")
     return pairs
 
 
@@ -74,16 +84,21 @@ def _unknown(ours: str, theirs: str) -> str:
 
 
 def rename_columns(dataset: T, mapping: Mapping[str, str], flag: str = "--columns") -> T:
-    """The dataset with its columns under our names. A column of that name which it has already is left out."""
+    """The dataset with its columns under our names. A column of that name which it has already is left out, and those that
+    are mapped to nothing."""
     if not mapping:
         return dataset
     for ours, theirs in mapping.items():
-        if dataset.column_names is not None and theirs not in dataset.column_names:
+        if dataset.column_names is not None and (theirs or ours) not in dataset.column_names:
             raise ValueError(_no_column(flag, ours, theirs, name_of(dataset), list(dataset.column_names)))
     if dataset.column_names is None or _is_stream_of_json(dataset):
         renamer = RowRenamer(dict(mapping), name_of(dataset), flag)
-        return dataset.map(renamer, with_indices=True, remove_columns=[*mapping.values(), *mapping])
-    mapping = {ours: theirs for ours, theirs in mapping.items() if ours != theirs}
+        replaced = [name for names in mapping.items() for name in names if name]
+        return dataset.map(renamer, with_indices=True, remove_columns=replaced)
+    unwanted = [name for name, theirs in mapping.items() if not theirs]
+    if unwanted:
+        dataset = dataset.remove_columns(unwanted)
+    mapping = {ours: theirs for ours, theirs in mapping.items() if theirs and ours != theirs}
     replaced = [ours for ours in mapping if ours in dataset.column_names and ours not in mapping.values()]
     if replaced:
         _say_replaced(replaced, mapping, name_of(dataset))
@@ -110,18 +125,20 @@ class RowRenamer:
 
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         for ours, theirs in self.mapping.items():
-            if theirs not in row:
+            if (theirs or ours) not in row:
                 raise ValueError(_no_column(self.flag, ours, theirs, f"Row {number} of {self.name}", list(row)))
         if number == 0:
-            replaced = [ours for ours in self.mapping if ours in row and ours not in self.mapping.values()]
+            kept = {ours: theirs for ours, theirs in self.mapping.items() if theirs}
+            replaced = [ours for ours in kept if ours in row and ours not in kept.values()]
             if replaced:
-                _say_replaced(replaced, self.mapping, self.name)
-        return {ours: row[theirs] for ours, theirs in self.mapping.items()}
+                _say_replaced(replaced, kept, self.name)
+        return {ours: row[theirs] for ours, theirs in self.mapping.items() if theirs}
 
 
 def _no_column(flag: str, ours: str, theirs: str, where: str, columns: list[str]) -> str:
+    wanted = theirs or ours
     return (
-        f"{flag} {ours}={theirs}: {where} has no column {theirs!r}.{did_you_mean(theirs, columns)} It has: "
+        f"{flag} {ours}={theirs}: {where} has no column {wanted!r}.{did_you_mean(wanted, columns)} It has: "
         f"{', '.join(columns)}."
     )
 

@@ -118,4 +118,4 @@ def check_one_source_of_eval_rows(test_split: str | None, size: float | None, ev
 
 def _theirs(columns: Mapping[str, str]) -> tuple[str, ...]:
     """What a dataset calls our columns of numbers."""
-    return tuple(columns.get(name, name) for name in NUMBERS)
+    return tuple(columns.get(name) or name for name in NUMBERS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,22 +88,23 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or local folder; an adapter saved without one takes that of its base."""
     folder = local_folder(name_or_path)
-    if folder and not list(folder.glob("token*")):
+    if folder and not _tokenizer_files(folder):
         base = _base_of_adapter(folder)
         if base:
             logger.info("The adapter %s has no tokenizer: taking that of its base model, %s.", folder, base)
             return load_tokenizer(base, trust_remote_code=trust_remote_code)
-    if folder and not list(folder.glob("token*")) and not list(folder.glob("*.model")):
+    if folder and not _tokenizer_files(folder):
         raise ValueError(
             f"The folder {str(folder)!r} has no tokenizer ({listing(folder)}): save one there with "
             "tokenizer.save_pretrained, or pass it to the trainer as processing_class."
         )
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    if find_spec("mistral_common") and fetch(name_or_path, "tokenizer.json", revision):
+        how["mistral_format"] = False  # the one with the chat template, as where mistral-common is not installed
     try:
-        return AutoTokenizer.from_pretrained(
-            where(name_or_path), trust_remote_code=trust_remote_code, revision=revision or "main"
-        )
-    except OSError as error:
-        raise ValueError(f"The tokenizer of {name_or_path!r} did not load: {error}") from error
+        return AutoTokenizer.from_pretrained(where(name_or_path), **how)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"The tokenizer of {name_or_path!r} did not load: {str(error).strip()}") from error
 
 
 def load_processing_class(
@@ -113,7 +115,7 @@ def load_processing_class(
     folder = local_folder(name_or_path)
     if not any(fetch(name_or_path, file, revision) for file in PROCESSOR_FILES):
         base = _base_of_adapter(folder)
-        if base and not list(folder.glob("token*")):  # type: ignore[union-attr]
+        if base and not _tokenizer_files(folder):  # type: ignore[arg-type]
             return load_processing_class(base, trust_remote_code=trust_remote_code)
         return load_tokenizer(name_or_path, **how)  # type: ignore[arg-type]
     try:
@@ -123,6 +125,11 @@ def load_processing_class(
         if isinstance(error, RuntimeError):
             raise
         raise ValueError(f"The processor of {name_or_path!r} did not load: {str(error).strip()}") from error
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """Of any kind: `tekken.json` is mistral-common's."""
+    return [path for kind in ("token*", "*.model", "tekken.json") for path in folder.glob(kind)]
 
 
 def _base_of_adapter(folder: Path | None) -> str | None:

@@ -163,11 +163,6 @@ def end_tokens(tokenizer: Any, model: Any, stop_tokens: Sequence[str] | None) ->
     return ends
 
 
-def window_of(model: Any) -> int | None:
-    """The most tokens of prompt + completion that the model was made for; None where it does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 @contextlib.contextmanager
 def _without_own_defaults(model: Any) -> Iterator[None]:
     """A model's own generation config fills in what is not set, and there is no list of all that could be."""

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..batch import Text
+from ..data.caching import how_to_map
 from ..data.columns import IMAGES, REFUSED
 from ..data.encode import eos_token_id, tokenizer_fingerprint
 from ..data.errors import bad
@@ -20,7 +21,9 @@ from ..data.image_source import images_of
 from ..data.image_text import is_processor
 from ..data.messages import image_count, read_messages
 from ..data.tokenize import tokenize_prompts
-from ..run_data import Rows, refuse_different_tables, refuse_split_streams
+from ..loading.files import AnyDataset
+from ..loading.given import Rows, datasets_of, refuse_columns
+from ..run_data import refuse_different_tables, refuse_split_streams
 from .config import OnlineDPOConfig
 
 logger = logging.get_logger(__name__)
@@ -68,9 +71,13 @@ class PromptMapper:
             ids = [row[-self.limit :] for row in ids]
         return {"prompt": prompts, "example_id": indices, "prompt_ids": ids, "length": lengths}
 
-    def fingerprint(self, dataset: Dataset) -> str:
+    def fingerprint(self, dataset: Dataset) -> str | None:
+        """The cache key of the mapped dataset; None where the tokenizer has none."""
+        tokenizer = tokenizer_fingerprint(self.tokenizer)
+        if tokenizer is None:
+            return None
         options = [self.limit, self.cut, self.allow_special_tokens_in_text, self.vocabulary_size]
-        parts = [VERSION, dataset._fingerprint, *options, tokenizer_fingerprint(self.tokenizer)]
+        parts = [VERSION, dataset._fingerprint, *options, tokenizer]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -118,11 +125,14 @@ class PromptData:
         self.reports: dict[str, Any] = {}
         self.streams = False
 
-    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> Rows:
-        if isinstance(dataset, list | tuple):
+    def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> AnyDataset:
+        with self.args.main_process_first(desc=f"loading the {name} data"):
+            parts = datasets_of(dataset, name)
+        if len(parts) > 1 or (isinstance(dataset, list | tuple) and parts[0] is dataset[0]):
             raise ValueError(
                 f"The {name} data are a list of datasets: give one, such as datasets.concatenate_datasets(...)."
             )
+        dataset = parts[0]
         eos_token_id(self.tokenizer)
         if self.args.world_size > 1:
             refuse_split_streams([dataset], name)
@@ -150,8 +160,7 @@ class PromptData:
             mapper,
             batched=True,
             with_indices=True,
-            num_proc=self.args.dataset_num_proc,
-            new_fingerprint=mapper.fingerprint(dataset),
+            **how_to_map(mapper.tokenizer, mapper.fingerprint(dataset), self.args.dataset_num_proc),
             desc=f"tokenizing the {mapper.name} prompts",
         )
 
@@ -188,8 +197,9 @@ class PromptData:
             f"{how_many} prompts of the {name} data are longer than {self.limit} tokens ({example}): {done}."
         )
 
-    def prepare_evaluation(self, datasets: Rows | Mapping[str, Rows]) -> Rows | dict[str, Rows]:
+    def prepare_evaluation(self, datasets: Rows | Mapping[str, Rows]) -> AnyDataset | dict[str, AnyDataset]:
         if isinstance(datasets, Mapping):
+            refuse_columns(datasets, "eval")
             return {name: self.prepare(rows, f"eval {name}") for name, rows in datasets.items()}
         return self.prepare(datasets, "eval")
 

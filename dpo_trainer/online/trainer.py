@@ -19,16 +19,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from ..batch import Text, micro_batches
+from ..data.dates import dated
 from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
 from ..fillers import unweigh_fillers
-from ..logprobs import base_model
-from ..run_data import Rows
+from ..loading.given import Rows
+from ..positions import table_of_positions, window_of
 from ..trainer import DPOTrainer
 from .choose import check_sampler, choose_feedback, choose_generator
 from .config import OnlineDPOConfig
 from .feedback import Feedback, FeedbackUnavailable
-from .generation import Generator, window_of
+from .generation import Generator
 from .metrics import ONLINE_METRICS, objective_means
 from .prompts import PromptData, collate_prompts
 from .rollout import Rollout
@@ -124,7 +125,7 @@ class OnlineDPOTrainer(DPOTrainer):
     # --- the parts, built once ---
 
     def _make_data(self, model: nn.Module) -> PromptData:
-        longest = (window_of(base_model(model)), self.args.max_length)
+        longest = (window_of(model), table_of_positions(model), self.args.max_length)
         window = min((tokens for tokens in longest if tokens is not None), default=None)
         self.generator: Generator = self.given_generator or choose_generator(
             self.args,
@@ -134,7 +135,8 @@ class OnlineDPOTrainer(DPOTrainer):
             window=window,
             wait=lambda: self.accelerator.wait_for_everyone(),
         )
-        return PromptData(self.args, self.processing_class, window, vocabulary_size=self._needs(model).vocabulary_size)
+        tokenizer = dated(self.processing_class, self.template_date)
+        return PromptData(self.args, tokenizer, window, vocabulary_size=self._needs(model).vocabulary_size)
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
         """Before anything is sampled: of the longest completions that there can be."""
@@ -269,7 +271,7 @@ class OnlineDPOTrainer(DPOTrainer):
             ValueError: for the answers of a reference that is no model.
         """
         where = [f"Prompt {place}" for place in range(len(prompts))]
-        ids = tokenize_prompts(prompts, self.processing_class, where)
+        ids = tokenize_prompts(prompts, self.data.tokenizer, where)
         ask = partial(self.generator, decoding=self.args.decoding.greedy(max_new_tokens), seed=self.args.seed)
         if not reference:
             return [answer.text for (answer,) in ask(self.model_wrapped, ids, 1)]

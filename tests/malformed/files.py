@@ -136,7 +136,9 @@ CSV = {
     "column name twice": csv("prompt,chosen,chosen\na,b,c\n", "'chosen' stands twice", "Rename one", at=None),
     "semicolons": csv("prompt;chosen;rejected\na;b;c\n", "one column", "Separate columns by commas", at=None),
     "tabs": csv("prompt\tchosen\trejected\na\tb\tc\n", "one column", "Separate columns by commas", at=None),
-    "spaces in names": csv("prompt, chosen, rejected\na,b,c\n", "Is ' chosen' meant", "rename_column", at=None),
+    "spaces in names": csv(
+        "prompt, chosen, rejected\na,b,c\n", "' chosen' and ' rejected' meant", "rename_column", at=None
+    ),
     "no first line": csv(ROW + ROW, "no column 'chosen'", "A row needs", at=None),
     "only a first line": csv(HEADER, "no rows", NO_ROWS, at=None),
     "nothing": csv("", "no names of columns", "Its first line must be such as", at=None),

@@ -262,14 +262,22 @@ COLUMNS = {
         lines({"promt": "q", "chosen": "a", "rejected": "b"}), "Is 'promt' meant", r"rename_column\('promt'"
     ),
     "capital letters": refused(
-        lines({"Prompt": "q", "Chosen": "a", "Rejected": "b"}), "Is 'Chosen' meant", r"rename_column\('Chosen'"
+        lines({"Prompt": "q", "Chosen": "a", "Rejected": "b"}),
+        "'Chosen' and 'Rejected' meant",
+        "--columns prompt=Prompt,chosen=Chosen,",
     ),
     "misspelt ids": refused(
         lines(without(IDS, "rejected_ids") | {"rejected_id": [3]}), "no column 'rejected_ids'", "rename_column"
     ),
     "completions without scores": refused(lines(without(RANKED, "scores")), "no column 'scores'", NEEDS),
-    "another name for the prompt": becomes(
+    "another name for the prompt": refused(
         lines(*[{"question": "q", "chosen": "a b", "rejected": "a c"}] * 2),
+        "'question'",
+        "--columns prompt=question",
+        at="Row 0",
+    ),
+    "another name, and the prompt is in the answers": becomes(
+        lines(*[{"question": "a", "chosen": "a b", "rejected": "a c"}] * 2),
         logs("no column 'prompt': prompts are what .* share.*question"),
     ),
     "a prompt in one row only": refused_row(lines(TEXT, without(TEXT, "prompt")), "'prompt': is None", FILL_IN),

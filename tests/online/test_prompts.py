@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Any
 
 import online_tiny
+import pandas
 import pytest
 import tiny
 from datasets import Dataset, IterableDataset
@@ -135,8 +137,18 @@ def test_no_rows():
 
 
 def test_several_datasets_are_not_mixed_here():
-    with pytest.raises(ValueError, match=r"list of datasets.*concatenate_datasets"):
-        data().prepare([table("a"), table("b")], "train")
+    for parts in ([table("a"), table("b")], [table("a")]):
+        with pytest.raises(ValueError, match=r"list of datasets.*concatenate_datasets"):
+            data().prepare(parts, "train")
+
+
+def test_rows_that_are_no_dataset_yet(tmp_path):
+    rows = [{"prompt": "cat", "answer": 1}, {"prompt": "the owl", "answer": 2}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for given in (rows, pandas.DataFrame(rows), path, str(path)):
+        got = prepared(given)
+        assert [(row["prompt_ids"], row["answer"]) for row in got] == [(ids("cat"), 1), (ids("the owl"), 2)]
 
 
 @BOTH
