@@ -185,6 +185,7 @@ def _reference(
         separate_adapter=args.use_separate_reference_adapter,
         moving=args.sync_ref_model,
         copy_policy=cut or not args.precompute_ref_log_probs,
+        sharded=cut,
     )
     if not args.precompute_ref_log_probs:
         return reference

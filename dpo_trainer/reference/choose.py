@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from ..logprobs import Scorer
 from ..sharding import copy_of
+from .beside_adapter import StartingWeights
 from .moving import MovingAdapter, MovingModel
 from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
+from .twins import copy_adapter, freeze
 
 COPIED_ADAPTER = "ref"
 
@@ -27,6 +27,7 @@ def choose_reference(
     separate_adapter: bool | None = None,
     moving: bool = False,
     copy_policy: bool = True,
+    sharded: bool = False,
 ) -> Reference:
     """The strategy for this run. `policy` is not wrapped yet, and stands as training will find it.
 
@@ -42,6 +43,7 @@ def choose_reference(
         moving: whether the reference shall follow the policy.
         copy_policy: whether the policy's frozen copy shall be made, where that is the reference. False: its log-probs are
             all taken before the policy trains, so that it can stand in for its copy.
+        sharded: whether an engine will leave each rank a part of every weight.
 
     Raises:
         ValueError: for what contradicts itself or cannot work, by name and with the way out.
@@ -68,20 +70,20 @@ def choose_reference(
         return _of_model(copied, f"a {kind} copy of the model that training started from", policy, moving)
     trained = _active_adapter(policy)
     if ref_adapter_name is not None:
-        _freeze(policy, ref_adapter_name)
-        return NamedAdapter(scorer, trained, ref_adapter_name, f"the adapter {ref_adapter_name!r}")
+        freeze(policy, ref_adapter_name)
+        start = StartingWeights(policy, sharded=sharded)
+        return NamedAdapter(scorer, trained, ref_adapter_name, f"the adapter {ref_adapter_name!r}", start)
     starts_below = fresh_adapter and _begins_at_zero(policy.peft_config[trained])
     if separate_adapter or (separate_adapter is None and (moving or not starts_below)):
-        _copy_adapter(policy, trained, COPIED_ADAPTER)
+        copy_adapter(policy, trained, COPIED_ADAPTER)
         copied_from = f"a {kind} copy of the adapter {trained!r} that training started from"
         if moving:
             return MovingAdapter(scorer, trained, COPIED_ADAPTER, copied_from, policy)
-        return NamedAdapter(scorer, trained, COPIED_ADAPTER, copied_from)
-    if starts_below:
-        return DisabledAdapter(scorer)
-    return DisabledAdapter(
-        scorer, f"the base model, with the adapter {trained!r} off (the first loss need not be ln 2)"
-    )
+        return NamedAdapter(scorer, trained, COPIED_ADAPTER, copied_from, StartingWeights(policy, sharded=sharded))
+    below = "the policy with its adapter disabled"
+    if not starts_below:
+        below = f"the base model, with the adapter {trained!r} off (the first loss need not be ln 2)"
+    return DisabledAdapter(scorer, below, StartingWeights(policy, sharded=sharded))
 
 
 def _of_model(model: nn.Module, description: str, policy: nn.Module, moving: bool) -> Reference:
@@ -154,28 +156,3 @@ def _active_adapter(model: PeftModel) -> str:
     if not isinstance(active, str):
         raise ValueError(f"Several adapters are active ({active}): name the one to train with --model_adapter_name.")
     return active
-
-
-def _copy_adapter(model: PeftModel, source: str, target: str) -> None:
-    """Add a frozen adapter with the weights of another, whatever its kind and name."""
-    if target in model.peft_config:
-        raise ValueError(
-            f"The model already has an adapter {target!r}, the name that a frozen copy of {source!r} would get: say "
-            f"--ref_adapter_name {target} if it is the reference, or rename it."
-        )
-    config = copy.deepcopy(model.peft_config[source])
-    if hasattr(config, "init_lora_weights"):
-        # The first weights are overwritten anyway, and PiSSA and its like would change the base a second time.
-        config.init_lora_weights = True
-    model.add_adapter(target, config)
-    weights = {name: w.clone() for name, w in get_peft_model_state_dict(model, adapter_name=source).items()}
-    set_peft_model_state_dict(model, weights, adapter_name=target)
-    model.set_adapter(source)
-    _freeze(model, target)
-
-
-def _freeze(model: PeftModel, adapter: str) -> None:
-    if model.peft_config[adapter].is_prompt_learning:
-        model.prompt_encoder[adapter].requires_grad_(False)
-    else:
-        model.set_requires_grad(adapter, requires_grad=False)
