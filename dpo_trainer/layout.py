@@ -36,6 +36,8 @@ def reason_for_padding(scorer: Scorer, model: nn.Module) -> str | None:
         return "it has no output embedding, so that all logits of a batch must be held"
     if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
         return "prompt-learning adapters put virtual tokens in front of a row"
+    if any(getattr(c, "alora_invocation_tokens", None) for c in getattr(model, "peft_config", {}).values()):
+        return "aLoRA looks for its invocation tokens once in a row"
     return why_not_flat(base_model(model))
 
 
@@ -93,6 +95,13 @@ class Layout:
             self.settled = True
         return as_padded(batch, self.pad_token_id, self.images) if self.name == "padded" else batch
 
+    def short(self, batch: PairBatch) -> PairBatch:
+        """Two short rows made of `batch`, in the layout of the run."""
+        rows = _short(pairs_of(batch), self.images)
+        return PairBatch.from_inputs(
+            inputs_of(rows, self.name, self.pad_token_id, images=self.images), batch.input_ids.device
+        )
+
     def settle_references(self, batch: PairBatch) -> None:
         """Ahead of the policy, where there is nothing of it yet to compute with."""
         references, self.references = self.references, []  # they may be let go before training
@@ -109,7 +118,7 @@ class Layout:
         problems = []
         for layout in ways if scorer.through_head else []:
             problem = self._compare(scorer, model, rows, layout, want)
-            if not _any_rank(problem is not None, batch.input_ids.device):
+            if not any_rank(problem is not None, batch.input_ids.device):
                 break
             problems.append(problem or "another rank found a difference")
         else:
@@ -244,7 +253,7 @@ def _plain(scorer: Scorer) -> Iterator[None]:
         scorer.through_head = before
 
 
-def _any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool, device: torch.device) -> bool:
     """One verdict for all ranks."""
     if not torch.distributed.is_initialized():
         return flag

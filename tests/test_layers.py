@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"config_checks", "engine_checks", "optimizer_checks"},
     {"config"},
     {"loading"},
-    {"checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
+    {"reference_check", "checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
     {"assembly", "run_identity", "run_data", "run_collator", "model_card", "callbacks"},
     {"durable"},
     {"precompute"},

@@ -74,7 +74,10 @@ def apply_peft(
     prepare_base(model, quantized=quantized, gradient_checkpointing=gradient_checkpointing)
     peft_config = copy.copy(peft_config)
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
-    return get_peft_model(model, peft_config, adapter_name=adapter_name)
+    try:
+        return get_peft_model(model, peft_config, adapter_name=adapter_name)
+    except ImportError as error:  # some kinds and initialisations need a package
+        raise ValueError(f"peft_config needs a package that is not here: {error}") from error
 
 
 def prepare_base(model: PreTrainedModel, *, quantized: bool, gradient_checkpointing: bool) -> None:
@@ -120,10 +123,38 @@ class _AlwaysTraining:
     is_training = property(lambda self: True, lambda self, mode: None)
 
 
+def refuse_untrainable(model: torch.nn.Module) -> None:
+    """Raise ValueError if training would change nothing of the model."""
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"Nothing of the model can be trained: no weight of its adapter {model.active_adapter!r} requires a gradient, as PEFT "
+            "loads adapters for inference. Load it with PeftModel.from_pretrained(..., is_trainable=True), give its folder as the "
+            "model by name, or name it with --model_adapter_name."
+        )
+    raise ValueError(
+        f"Nothing of the model can be trained: no weight of this {type(model).__name__} requires a gradient. Call "
+        "requires_grad_(True) on what shall be trained, or train an adapter (peft_config, --use_peft)."
+    )
+
+
 def weights_beside_adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """What the user trains besides the adapter (unfrozen by hand), by name: PEFT saves nothing of it."""
-    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+    if not isinstance(model, PeftModel):
         return {}
+    if model.active_peft_config.is_prompt_learning:
+        return {n: p for n, p in model.base_model.named_parameters(prefix="base_model") if p.requires_grad}
     adapter = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     saved = {weight.data_ptr() for weight in adapter.values()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved}
+
+
+def weights_of_soft_prompt(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What makes the vectors of soft prompts, a frozen copy's too, by name.
+
+    PEFT saves the vectors, and loads them in the place of what they are made of: of p-tuning, without its encoder.
+    """
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return {}
+    return dict(model.prompt_encoder.named_parameters(prefix="prompt_encoder"))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 
 from ..logprobs import Scorer
 from ..sharding import copy_of
 from .beside_adapter import StartingWeights
+from .fresh_adapter import begins_at_zero
 from .moving import MovingAdapter, MovingModel
 from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
 from .twins import copy_adapter, freeze
 
 COPIED_ADAPTER = "ref"
+MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Starts of `init_lora_weights` that take out of the base what they put into the adapter."""
 
 
 def choose_reference(
@@ -67,38 +70,37 @@ def choose_reference(
     if not isinstance(policy, PeftModel):
         # The live policy, not a reload by name: it may have been merged, resized, trained or built in this process.
         copied = copy_of(policy)
-        return _of_model(copied, f"a {kind} copy of the model that training started from", policy, moving)
+        return _start(_of_model(copied, f"a {kind} copy of the model that training started from", policy, moving))
     trained = _active_adapter(policy)
     if ref_adapter_name is not None:
         freeze(policy, ref_adapter_name)
         start = StartingWeights(policy, sharded=sharded)
         return NamedAdapter(scorer, trained, ref_adapter_name, f"the adapter {ref_adapter_name!r}", start)
-    starts_below = fresh_adapter and _begins_at_zero(policy.peft_config[trained])
+    starts_below = fresh_adapter and begins_at_zero(policy, trained)
+    _refuse_residual_base(policy, trained, separate_adapter)
     if separate_adapter or (separate_adapter is None and (moving or not starts_below)):
         copy_adapter(policy, trained, COPIED_ADAPTER)
         copied_from = f"a {kind} copy of the adapter {trained!r} that training started from"
         if moving:
             return MovingAdapter(scorer, trained, COPIED_ADAPTER, copied_from, policy)
-        return NamedAdapter(scorer, trained, COPIED_ADAPTER, copied_from, StartingWeights(policy, sharded=sharded))
-    below = "the policy with its adapter disabled"
-    if not starts_below:
-        below = f"the base model, with the adapter {trained!r} off (the first loss need not be ln 2)"
-    return DisabledAdapter(scorer, below, StartingWeights(policy, sharded=sharded))
+        start = StartingWeights(policy, sharded=sharded)
+        return _start(NamedAdapter(scorer, trained, COPIED_ADAPTER, copied_from, start))
+    start = StartingWeights(policy, sharded=sharded)
+    if starts_below:
+        return _start(DisabledAdapter(scorer, start=start))
+    below = f"the base model, with the adapter {trained!r} off (the first loss need not be ln 2)"
+    return DisabledAdapter(scorer, below, start)
+
+
+def _start(reference: Reference) -> Reference:
+    reference.is_start = True
+    return reference
 
 
 def _of_model(model: nn.Module, description: str, policy: nn.Module, moving: bool) -> Reference:
     if moving:
         return MovingModel(model, Scorer(model), description, policy)
     return FrozenModel(model, Scorer(model), description)
-
-
-def _begins_at_zero(config: PeftConfig) -> bool:
-    """Whether a fresh adapter leaves the model below it as it was.
-
-    Some ways to initialise LoRA (PiSSA, OLoRA, CorDA, LoftQ) take out of the base weight what they put into the adapter:
-    the base alone is then no model that anybody trained.
-    """
-    return getattr(config, "init_lora_weights", True) in (True, "gaussian")
 
 
 def _refuse_useless(chosen: list[str], needed: bool, reference_free: bool, moving: bool) -> None:
@@ -148,6 +150,16 @@ def _refuse_adapters(policy: nn.Module, ref_adapter_name: str | None, separate_a
         raise ValueError(
             f"--ref_adapter_name {ref_adapter_name!r} is the adapter that is trained: it would move along. Name another, "
             "or drop the option to use a frozen copy of it."
+        )
+
+
+def _refuse_residual_base(policy: PeftModel, trained: str, separate_adapter: bool | None) -> None:
+    init = getattr(policy.peft_config[trained], "init_lora_weights", None)
+    if separate_adapter is False and str(init).startswith(MOVES_BASE):
+        raise ValueError(
+            f"--use_separate_reference_adapter false makes the model below the adapter the reference, and init_lora_weights="
+            f"{init!r} moved a part of that model into the adapter: what is left is not a trained model. Leave the "
+            "option out, and the reference is a frozen copy of the adapter as it began."
         )
 
 

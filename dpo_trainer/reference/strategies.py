@@ -43,6 +43,9 @@ class Reference(Protocol):
     lasting: bool = False
     """Whether it is part of the policy's own module, and there for as long as that is."""
 
+    is_start: bool = False
+    """Whether it was chosen as the model that training starts from, so that the first loss must be ln 2."""
+
     keyed: bool = False
     """Whether it looks completions up by what they are, so that batches must say it (`PairBatch.keys`)."""
 
