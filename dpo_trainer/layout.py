@@ -7,6 +7,7 @@ model's own attention, all logits), log-probs and gradients. A difference moves 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from .batch import PairBatch, Preferred, TokenizedPair
 from .data.collate import inputs_of, padded_order
 from .data.image_inputs import ImageInputs
 from .data.uncollate import as_padded, pairs_of
+from .linear_check import wrong_gradients
 from .logprobs import Scorer, base_model, evaluation_mode
 
 logger = logging.get_logger(__name__)
@@ -92,6 +94,7 @@ class Layout:
         if not self.settled:
             self.settle_references(batch)
             self.verify(self.scorer, policy, batch)
+            self._verify_quantised(policy)
             self.settled = True
         return as_padded(batch, self.pad_token_id, self.images) if self.name == "padded" else batch
 
@@ -126,6 +129,20 @@ class Layout:
         if problems:
             self._fall_back(type(base_model(model)).__name__, layout, scorer.through_head, problems)
         self.name = layout
+
+    def _verify_quantised(self, policy: nn.Module) -> None:
+        """Both ways above go through the same layers: whether gradients pass those that are quantised, nothing above shows."""
+        base = base_model(policy)
+        if not getattr(base, "is_quantized", False):
+            return
+        found = wrong_gradients(base, self.autocast or base.dtype)
+        if any_rank(found is not None, base.device):
+            layer, off = found or ("of another rank", math.nan)
+            raise ValueError(
+                f"Gradients through the quantised layer {layer} are not those of what it computes (off by {off:.1e}, relative): its "
+                "kernel is one for inference, or it was packed for inference. Load the model anew, quantise it with another "
+                "backend (--load_in_4bit, --load_in_8bit), or leave it in floating point."
+            )
 
     def _compare(
         self, scorer: Scorer, model: nn.Module, rows: list[TokenizedPair], layout: str, want: tuple[Tensor, Tensor]

@@ -106,7 +106,8 @@ def compute_as_in_training(model: torch.nn.Module) -> None:
     train mode: they would be two models, and the first loss not ln 2.
     """
     module: Any
-    for module in model.modules():
+    for name, module in model.named_modules():
+        _refuse_packed(name, module)
         # 4 bits, on CPUs with AVX512-BF16: the first pass in eval mode packs the layer for an inference kernel, for good. Its
         # numbers are off by about 1e-3 nats, and it has no backward: after one evaluation no gradient passes, without an error.
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -115,6 +116,20 @@ def compute_as_in_training(model: torch.nn.Module) -> None:
         state = getattr(module, "state", None)
         if hasattr(state, "is_training") and not isinstance(state, _AlwaysTraining):
             state.__class__ = type("AlwaysTraining", (_AlwaysTraining, type(state)), {})
+
+
+def _refuse_packed(name: str, module: Any) -> None:
+    """Refuse a 4-bit layer that was packed for inference, also if it was unpacked since (as saving does).
+
+    Packing leaves `original_dtype` behind. It rounds the scales of the blocks to bfloat16, and without double quantisation
+    unpacking does not even bring those back.
+    """
+    if hasattr(getattr(getattr(module, "weight", None), "quant_state", None), "original_dtype"):
+        raise ValueError(
+            f"The 4-bit layer {name} has computed in eval mode on this CPU, and bitsandbytes packed its weights for inference then: they "
+            "are rounded, and gradients through them are wrong. Load the model anew and build the trainer before anything is "
+            "asked of it (generate, evaluation); from then on its layers are not packed."
+        )
 
 
 class _AlwaysTraining:
