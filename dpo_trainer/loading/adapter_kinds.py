@@ -76,14 +76,15 @@ def refuse_adapter_kind(config: PeftConfig, *, fresh: bool, gradient_checkpointi
     for name, found in FIELDS.items():
         if getattr(config, name, None):
             _refuse(name, found)
-    if gradient_checkpointing and config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
-        _refuse(
-            f"The adapter kind {kind}",
-            (
-                "keeps its vectors in the cache of keys and values, which layer checkpointing switches off",
-                "Set --gradient_checkpointing false.",
-            ),
-        )
+    if not gradient_checkpointing:
+        return
+    way_out = "Set --gradient_checkpointing false."
+    if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+        against = "keeps its vectors in the cache of keys and values, which layer checkpointing switches off"
+        _refuse(f"The adapter kind {kind}", (against, way_out))
+    if getattr(config, "alora_invocation_tokens", None):
+        against = "allows one forward pass before each backward pass under layer checkpointing, and a reference may need its own"
+        _refuse("aLoRA (alora_invocation_tokens)", (against, way_out))
 
 
 def _refuse(what: str, found: tuple[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -76,8 +76,8 @@ def _config_of_copy(model: PeftModel, source: str) -> PeftConfig:
             if isinstance(module, BaseTunerLayer)
             and any(source in getattr(module, weights) for weights in module.adapter_layer_names)
         ]
-    if config.peft_type == PeftType.ADALORA:
-        config.inference_mode = True  # it allows one adapter in training
+    if hasattr(config, "bias"):
+        config.bias = "none"  # the base's biases are not the copy's: see `StartingWeights`
     return config
 
 
@@ -99,10 +99,11 @@ def _copy_parameters(model: PeftModel, source: str, target: str) -> None:
 
 def _compare(model: PeftModel, source: str, target: str) -> None:
     """All that is trained has its twin in the copy, or is kept in another way; and all that is saved is the same."""
-    known = {id(p) for p in trained_in_base(model).values()}
+    kept = {p.data_ptr() for p in trained_in_base(model).values()}
     paired = set(twins(model, source, target).values())
-    alone = [n for n, p in model.named_parameters() if p.requires_grad and n not in paired and id(p) not in known]
-    own, copied = _saved(model, source), _saved(model, target)
+    alone = [n for n, p in model.named_parameters() if p.requires_grad and n not in paired and p.data_ptr() not in kept]
+    own = {name: weight for name, weight in _saved(model, source).items() if weight.data_ptr() not in kept}
+    copied = _saved(model, target)
     # The copy may come with more: PEFT tells adapters apart by names that others may have too ("model").
     different = [*alone, *(n for n in own if n not in copied or _differ(own[n], copied[n]))]
     if different:
