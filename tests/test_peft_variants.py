@@ -171,7 +171,10 @@ ADALORA = of("AdaLoraConfig", init_r=4, target_r=2, total_step=5, tinit=1, tfina
 REFUSED: dict[str, tuple[Callable[[], PeftConfig], str]] = {
     "adalora": (ADALORA, r"ADALORA prunes its ranks.*Use LoRA"),
     "pissa by a random svd": (lora(init_lora_weights="pissa_niter_4"), "random SVD.*Use init_lora_weights='pissa'"),
-    "corda": (lora(init_lora_weights="corda", corda_config=CordaConfig()), "'corda' moves a part of the base.*Use init_lora"),
+    "corda": (
+        lora(init_lora_weights="corda", corda_config=CordaConfig()),
+        "'corda' moves a part of the base.*Use init_lora",
+    ),
     "lora-ga": (lora(init_lora_weights="lora_ga"), "'lora_ga' moves a part of the base.*Use init_lora_weights"),
     "loftq": (loftq, "'loftq' puts quantised weights.*replace_lora_weights_loftq"),
     "eva without data": (lora(init_lora_weights="eva"), "needs activations.*initialize_lora_eva_weights"),
@@ -221,7 +224,7 @@ def test_a_package_that_peft_lacks(tmp_path, monkeypatch):
         raise ImportError("The required package 'scipy' is not installed.")
 
     monkeypatch.setattr("dpo_trainer.loading.adapters.get_peft_model", without_it)
-    with pytest.raises(ValueError, match="peft_config needs a package that is not here.*scipy"):
+    with pytest.raises(ValueError, match=r"peft_config needs a package that is not here.*scipy"):
         tiny.trainer(tmp_path, parts={"peft_config": tiny.lora()})
 
 

@@ -149,8 +149,8 @@ def refuse_untrainable(model: torch.nn.Module) -> None:
             "model by name, or name it with --model_adapter_name."
         )
     raise ValueError(
-        f"Nothing of the model can be trained: no weight of this {type(model).__name__} requires a gradient. Call "
-        "requires_grad_(True) on what shall be trained, or train an adapter (peft_config, --use_peft)."
+        f"Nothing of the model can be trained: no weight of this {type(model).__name__} requires a gradient, as "
+        "PEFT leaves a model after merge_and_unload(). Call requires_grad_(True) on what shall be trained, or train an adapter (peft_config, --use_peft)."
     )
 
 

@@ -125,6 +125,15 @@ def _refuse_the_policy(policy: nn.Module, ref_model: nn.Module | None) -> None:
             "ref_model is the base of the PEFT model that is trained, adapters included. Leave ref_model out: the "
             "reference is then the same base with its adapter off, at no extra memory."
         )
+    held = (
+        set() if ref_model is None else {p.data_ptr() for p in ref_model.parameters()} - {0}
+    )  # 0: not in this process
+    shared = [name for name, p in policy.named_parameters() if p.requires_grad and p.data_ptr() in held]
+    if shared:
+        raise ValueError(
+            f"ref_model shares the memory of {len(shared)} weights that are trained ({shared[0]} ...): it would move along. Leave "
+            "ref_model out (the reference is then a frozen copy), give copy.deepcopy of it, or load a second one."
+        )
 
 
 def _refuse_adapters(policy: nn.Module, ref_adapter_name: str | None, separate_adapter: bool | None) -> None:

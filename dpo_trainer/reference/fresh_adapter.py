@@ -40,7 +40,13 @@ def _same_as_base(layer: Any, config: Any) -> bool:
     with torch.no_grad(), evaluation_mode(layer):
         try:
             with_adapter, without = layer(inputs).float(), below(inputs).float()
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):  # a layer that is called in another way
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            KeyError,
+        ):  # a layer that is called in another way
             return getattr(config, "init_lora_weights", True) in (True, "gaussian")
     return bool((with_adapter - without).norm() <= ROUNDING * without.norm())
 

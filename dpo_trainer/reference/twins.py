@@ -101,7 +101,9 @@ def _compare(model: PeftModel, source: str, target: str) -> None:
     """All that is trained has its twin in the copy, or is kept in another way; and all that is saved is the same."""
     kept = {p.data_ptr() for p in trained_in_base(model).values()}
     paired = set(twins(model, source, target).values())
-    alone = [n for n, p in model.named_parameters() if p.requires_grad and n not in paired and p.data_ptr() not in kept]
+    alone = [
+        n for n, p in model.named_parameters() if p.requires_grad and n not in paired and p.data_ptr() not in kept
+    ]
     own = {name: weight for name, weight in _saved(model, source).items() if weight.data_ptr() not in kept}
     copied = _saved(model, target)
     # The copy may come with more: PEFT tells adapters apart by names that others may have too ("model").
