@@ -41,6 +41,7 @@ class ReferenceCheck:
         self.held: PairBatch | None = None
         self.before: Tensor | None = None
         self.applies = not (reference.moving or reference.keyed)
+        self.begun = False
 
     @torch.no_grad()
     def begin(self, policy: nn.Module, batch: PairBatch, *, untrained: bool) -> None:
@@ -50,9 +51,19 @@ class ReferenceCheck:
             untrained: no step has been made, also by a run that this one resumes.
 
         Raises:
-            ValueError: the reference was chosen as what training starts from, and says something else.
+            ValueError: the reference was chosen as what training starts from, and says something else; or weights that it
+                would share have been made trainable since.
         """
-        if not self.applies or self.held is not None:
+        if self.begun:
+            return
+        self.begun = True
+        if unkept := self.reference.unkept(policy):
+            raise ValueError(
+                f"{len(unkept)} weights of the base model ({unkept[0]} ...) were made trainable after the trainer was built, and the "
+                f"reference ({self.reference.description}) would move with them. Make them trainable before that: the "
+                "reference then reads them from a copy."
+            )
+        if not self.applies:
             return
         self.held = self.layout.short(batch)
         self.before = self._of_reference(policy)

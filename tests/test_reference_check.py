@@ -16,11 +16,28 @@ def errors(caplog) -> list[str]:
 
 
 def with_norms(folder, **how) -> DPOTrainer:
+    """Its norms train, and as if by a fault nothing is kept of them."""
     made = tiny.trainer(folder, parts={"peft_config": tiny.lora()}, learning_rate=0.5, **how)
-    for name, parameter in made.model.named_parameters():
-        if "norm" in name:
-            parameter.requires_grad_(True)  # after the reference was chosen: nothing is kept of them
+    unfreeze_norms(made)
+    made.reference.unkept = lambda policy: []
     return made
+
+
+def unfreeze_norms(trainer: DPOTrainer) -> None:
+    for name, parameter in trainer.model.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("moving", [{}, {"sync_ref_model": True, "ref_model_sync_steps": 1}], ids=str)
+def test_weights_that_were_unfrozen_too_late(moving, separate, tmp_path):
+    separate = None if moving else separate
+    parts = {"peft_config": tiny.lora()}
+    trainer = tiny.trainer(tmp_path, parts=parts, use_separate_reference_adapter=separate, **moving)
+    unfreeze_norms(trainer)
+    with pytest.raises(ValueError, match=r"5 weights of the base model .*norm.*after the trainer was built"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("layout", ["flat", "padded"])

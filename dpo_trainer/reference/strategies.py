@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..batch import PairBatch, PairLogps
 from ..logprobs import Scorer, evaluation_mode
 from ..sharding import copy_of
-from .beside_adapter import StartingWeights
+from .beside_adapter import StartingWeights, trained_in_base
 from .identity import Identity, identify
 
 
@@ -60,6 +60,10 @@ class Reference(Protocol):
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
         """What it is, as a hash over its weights. `policy` as it is before training; None where there is no reference."""
         return None
+
+    def unkept(self, policy: nn.Module) -> list[str]:
+        """Weights that are trained, and that it would share: found when training begins. `policy` as it is wrapped now."""
+        return []
 
     moving: bool = False
     """Whether it follows the policy while that trains: see `moving.py`."""
@@ -174,6 +178,9 @@ class DisabledAdapter(Reference):
         with _as_it_was(self.start, policy):
             return identify(policy, precision=precision)
 
+    def unkept(self, policy: nn.Module) -> list[str]:
+        return _unkept(self.start, policy)
+
 
 class NamedAdapter(Reference):
     """A second, frozen adapter on the same base model.
@@ -217,6 +224,9 @@ class NamedAdapter(Reference):
         with _as_it_was(self.start, policy):
             return identify(policy, adapter=self.reference_adapter, precision=precision)
 
+    def unkept(self, policy: nn.Module) -> list[str]:
+        return _unkept(self.start, policy)
+
 
 class OnCopy(Reference):
     """A reference inside the policy, read from a copy of the policy until training begins.
@@ -248,6 +258,10 @@ class OnCopy(Reference):
 
 def _as_it_was(start: StartingWeights | None, policy: nn.Module) -> contextlib.AbstractContextManager[None]:
     return start.in_place(policy) if start else contextlib.nullcontext()
+
+
+def _unkept(start: StartingWeights | None, policy: nn.Module) -> list[str]:
+    return [name for name in trained_in_base(policy) if start is None or name not in start.copies]
 
 
 @contextlib.contextmanager
