@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .batch import PairBatch
+from .engines import reshard
 from .layout import Layout, any_rank
 from .logprobs import Scorer, base_model, evaluation_mode
 from .reference import Reference
@@ -86,6 +87,7 @@ class ReferenceCheck:
         if not self.applies or self.before is None:
             return
         after = self._of_reference(policy)
+        reshard(policy)
         assert after is not None
         if far := self._differs(after, self.before, AT_END, policy):
             logger.error(
