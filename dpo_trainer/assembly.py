@@ -25,6 +25,8 @@ from .loading import (
     disable_dropout,
     let_gradients_through,
     load_model,
+    refuse_adapter_kind,
+    refuse_untrainable,
     weights_beside_adapter,
 )
 from .logprobs import METRIC_STATS, Scorer, base_model, router_loss_weight
@@ -112,6 +114,7 @@ def assemble(
     args, ref_model = given.args, given.reference()
     model, fresh_adapter = _with_adapter(model, given)
     settle_vision_tower(model, freeze=args.freeze_vision_tower)
+    refuse_untrainable(model)
     images = _images(model, args, processing_class)
     if args.disable_dropout:
         disable_dropout(model, lora=args.disable_lora_dropout)
@@ -185,6 +188,7 @@ def _reference(
         separate_adapter=args.use_separate_reference_adapter,
         moving=args.sync_ref_model,
         copy_policy=cut or not args.precompute_ref_log_probs,
+        sharded=cut,
     )
     if not args.precompute_ref_log_probs:
         return reference
@@ -204,8 +208,12 @@ def _reference(
 def _with_adapter(model: nn.Module, given: Given) -> tuple[nn.Module, bool]:
     """The model with the adapter that shall train, if any; and whether that was added just now."""
     args = given.args
+    checkpointing = bool(args.gradient_checkpointing)
+    if isinstance(given.peft_config, PeftConfig):
+        fresh = not isinstance(model, PeftModel)
+        refuse_adapter_kind(given.peft_config, fresh=fresh, gradient_checkpointing=checkpointing)
     if isinstance(model, PeftModel):
-        let_gradients_through(base_model(model), gradient_checkpointing=bool(args.gradient_checkpointing))
+        let_gradients_through(base_model(model), gradient_checkpointing=checkpointing)
     fresh_adapter = given.peft_config is not None and not isinstance(model, PeftModel)
     if args.merge_lora_configs and (given.peft_config is None or fresh_adapter):
         raise ValueError(
@@ -217,10 +225,13 @@ def _with_adapter(model: nn.Module, given: Given) -> tuple[nn.Module, bool]:
             model,
             given.peft_config if args.freeze_vision_tower is False else on_language_alone(given.peft_config, model),
             quantized=bool(getattr(model, "is_quantized", False)),
-            gradient_checkpointing=bool(args.gradient_checkpointing),
+            gradient_checkpointing=checkpointing,
         )
     if args.model_adapter_name is not None:
         _activate_adapter(model, args.model_adapter_name)
+    if isinstance(model, PeftModel) and not fresh_adapter:
+        for name in model.active_adapters:
+            refuse_adapter_kind(model.peft_config[name], fresh=False, gradient_checkpointing=checkpointing)
     if given.peft_config is not None and not fresh_adapter:
         model = continue_adapter(model, given.peft_config, merge_lora_configs=args.merge_lora_configs)
     if beside := list(weights_beside_adapter(model)):

@@ -26,6 +26,7 @@ class StepGuard(TrainerCallback):
     def __init__(self, trainer: DurableTrainer):
         self.trainer = trainer
         self.stop = False
+        self.said_no_gradient = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop = False
@@ -42,10 +43,20 @@ class StepGuard(TrainerCallback):
         verdict = trainer.watch.verdict(trainer.sum_over_ranks, stop_asked=trainer.stop_asked)
         self.stop = self.stop or verdict.stop_asked
         if verdict.finite:
+            self._say_no_gradient(verdict, state.global_step + 1)
             return
         if args.nonfinite == "stop":
             raise non_finite_error(verdict, state.global_step + 1)
         self._leave_out(verdict, state.global_step + 1)
+
+    def _say_no_gradient(self, verdict: Verdict, step: int) -> None:
+        if verdict.no_gradient and not self.said_no_gradient:
+            self.said_no_gradient = True
+            logger.warning(
+                f"The gradient of optimizer step {step} is 0 for every weight: nothing is learned from its pairs. That is right where each "
+                "of them is beyond the margin of its loss (hinge). Otherwise what is trained has no part in these rows (tokens "
+                "that do not occur, an adapter that is not active). Said once; grad_norm in the log shows the later steps."
+            )
 
     def _leave_out(self, verdict: Verdict, step: int) -> None:
         """Without gradients an optimizer touches neither weights nor its own state."""
@@ -113,3 +124,13 @@ class MoveReference(TrainerCallback):
         if due:
             alpha: float = args.ref_model_mixup_alpha  # type: ignore[assignment]  # filled in by now
             self.trainer.reference.move(self.trainer.model_wrapped, alpha)
+
+
+class CheckReference(TrainerCallback):
+    """Looks at the end of training whether the reference is what it was (reference_check.py)."""
+
+    def __init__(self, trainer: DPOTrainer):
+        self.trainer = trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.reference_check.end(self.trainer.model_wrapped)

@@ -82,13 +82,18 @@ def evaluation(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         if accelerator.is_fsdp2:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(model)
         elif first:
             extract_model_from_parallel(model, keep_fp32_wrapper=False)  # takes autocast off its forward
             accelerator._models.clear()
             model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the last weights that FSDP2 gathered for a forward pass: it waits for a backward pass to do so."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def keep_outputs_exact(accelerator: Accelerator) -> None:

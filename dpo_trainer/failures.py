@@ -24,6 +24,7 @@ class Verdict(NamedTuple):
     bad_gradients: bool
     stop_asked: bool  # on any rank
     ids: list[int]  # of the bad pairs of this rank
+    no_gradient: bool = False  # of every weight it is 0
 
     @property
     def finite(self) -> bool:
@@ -58,11 +59,12 @@ class StepWatch:
             return Verdict(0, False, stop_asked, [])
         ids, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         bad = ~torch.isfinite(losses)
-        finite_norm = torch.isfinite(torch.as_tensor(0.0 if norm is None else norm, device=losses.device))
-        here = torch.stack([bad.sum(), ~finite_norm, torch.tensor(stop_asked, device=losses.device)])
-        pairs, gradients, stops = gather(here.float()).tolist()
+        size = torch.as_tensor(1.0 if norm is None else norm, device=losses.device)
+        stop = torch.tensor(stop_asked, device=losses.device)
+        here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0])
+        pairs, gradients, stops, moves = gather(here.float()).tolist()
         own = list(dict.fromkeys(ids[bad].tolist())) if pairs else []  # pairs of one row have one id
-        return Verdict(int(pairs), gradients > 0, stops > 0, own)
+        return Verdict(int(pairs), gradients > 0, stops > 0, own, no_gradient=moves == 0)
 
 
 def non_finite_error(verdict: Verdict, step: int) -> FloatingPointError:

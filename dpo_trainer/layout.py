@@ -7,6 +7,7 @@ model's own attention, all logits), log-probs and gradients. A difference moves 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from .batch import PairBatch, Preferred, TokenizedPair
 from .data.collate import inputs_of, padded_order
 from .data.image_inputs import ImageInputs
 from .data.uncollate import as_padded, pairs_of
+from .linear_check import wrong_gradients
 from .logprobs import Scorer, base_model, evaluation_mode
 
 logger = logging.get_logger(__name__)
@@ -36,6 +38,8 @@ def reason_for_padding(scorer: Scorer, model: nn.Module) -> str | None:
         return "it has no output embedding, so that all logits of a batch must be held"
     if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()):
         return "prompt-learning adapters put virtual tokens in front of a row"
+    if any(getattr(c, "alora_invocation_tokens", None) for c in getattr(model, "peft_config", {}).values()):
+        return "aLoRA looks for its invocation tokens once in a row"
     return why_not_flat(base_model(model))
 
 
@@ -90,8 +94,16 @@ class Layout:
         if not self.settled:
             self.settle_references(batch)
             self.verify(self.scorer, policy, batch)
+            self._verify_quantised(policy)
             self.settled = True
         return as_padded(batch, self.pad_token_id, self.images) if self.name == "padded" else batch
+
+    def short(self, batch: PairBatch) -> PairBatch:
+        """Two short rows made of `batch`, in the layout of the run."""
+        rows = _short(pairs_of(batch), self.images)
+        return PairBatch.from_inputs(
+            inputs_of(rows, self.name, self.pad_token_id, images=self.images), batch.input_ids.device
+        )
 
     def settle_references(self, batch: PairBatch) -> None:
         """Ahead of the policy, where there is nothing of it yet to compute with."""
@@ -109,7 +121,7 @@ class Layout:
         problems = []
         for layout in ways if scorer.through_head else []:
             problem = self._compare(scorer, model, rows, layout, want)
-            if not _any_rank(problem is not None, batch.input_ids.device):
+            if not any_rank(problem is not None, batch.input_ids.device):
                 break
             problems.append(problem or "another rank found a difference")
         else:
@@ -117,6 +129,20 @@ class Layout:
         if problems:
             self._fall_back(type(base_model(model)).__name__, layout, scorer.through_head, problems)
         self.name = layout
+
+    def _verify_quantised(self, policy: nn.Module) -> None:
+        """Both ways above go through the same layers: whether gradients pass those that are quantised, nothing above shows."""
+        base = base_model(policy)
+        if not getattr(base, "is_quantized", False):
+            return
+        found = wrong_gradients(base, self.autocast or base.dtype)
+        if any_rank(found is not None, base.device):
+            layer, off = found or ("of another rank", math.nan)
+            raise ValueError(
+                f"Gradients through the quantised layer {layer} are not those of what it computes (off by {off:.1e}, relative): its "
+                "kernel is one for inference, or it was packed for inference. Load the model anew, quantise it with another "
+                "backend (--load_in_4bit, --load_in_8bit), or leave it in floating point."
+            )
 
     def _compare(
         self, scorer: Scorer, model: nn.Module, rows: list[TokenizedPair], layout: str, want: tuple[Tensor, Tensor]
@@ -244,7 +270,7 @@ def _plain(scorer: Scorer) -> Iterator[None]:
         scorer.through_head = before
 
 
-def _any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool, device: torch.device) -> bool:
     """One verdict for all ranks."""
     if not torch.distributed.is_initialized():
         return flag

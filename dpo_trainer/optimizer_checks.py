@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from transformers.training_args import OptimizerNames
 
 from .registry import did_you_mean
@@ -50,6 +52,20 @@ def check_optimizer(config: DPOConfig) -> None:
         _make(config)
     if config.optim_args:
         _refuse_unread(config, name)
+
+
+def check_given_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer object (`optimizers=`) that lacks a weight to be trained: it would stay as it is, without an error."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"The optimizer given by optimizers= lacks {len(missing)} of the {len(trained)} weights to be trained "
+            f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}). An optimizer that was made before the adapter of peft_config, "
+            "or for another model, does not know them. Make the PeftModel first and the optimizer from its parameters, freeze "
+            "what shall not train (requires_grad_(False)), or use --optim."
+        )
 
 
 def _refuse_unread(config: DPOConfig, name: str) -> None:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .assembly import Given, assemble
 from .batch import PairBatch, micro_batches, pair_weight
-from .callbacks import MoveReference
+from .callbacks import CheckReference, MoveReference
 from .config import DPOConfig
 from .config_checks import check_sampling
 from .data import (
@@ -42,7 +42,7 @@ from .engine_checks import check_engine, check_placement
 from .engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
 from .failures import MemoryAdvice, explained
 from .fillers import refuse_empty_rounds, unweigh_fillers
-from .loading import load_processing_class, weights_beside_adapter
+from .loading import load_processing_class, weights_beside_adapter, weights_of_soft_prompt
 from .loading.files import AnyDataset
 from .loading.given import Rows, is_rows
 from .logprobs import base_model
@@ -58,9 +58,11 @@ from .micro_batches import (
     weighted_mean,
 )
 from .model_card import write_model_card
+from .optimizer_checks import check_given_optimizer
 from .positions import table_of_positions, window_of
 from .precompute import Filled, Precompute
 from .reference import CachedReference, Reference
+from .reference_check import ReferenceCheck
 from .run_collator import check_budget, run_collator
 from .run_data import RunData
 from .run_identity import model_identity
@@ -150,6 +152,8 @@ class DPOTrainer(DurableTrainer):
                 "without it. Load it as you did for this run, and pass it as processing_class."
             )
         model = self._assemble(start)
+        if optimizers[0] is not None:
+            check_given_optimizer(optimizers[0], model)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
         if train_dataset is not None:
@@ -174,7 +178,11 @@ class DPOTrainer(DurableTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[*([MoveReference(self)] if args.sync_ref_model else []), *(callbacks or [])],
+            callbacks=[
+                *([MoveReference(self)] if args.sync_ref_model else []),
+                CheckReference(self),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         check_engine(self.accelerator)
@@ -194,6 +202,7 @@ class DPOTrainer(DurableTrainer):
     def use_reference(self, reference: Reference) -> None:
         """Another reference than the options make, before training. Its models are placed, and checked on the first batch."""
         self.reference, self.layout.references = reference, list(reference.own)
+        self.reference_check = ReferenceCheck(reference, self.scorer, self.layout)
         self._place_reference()
 
     def _place_reference(self) -> None:
@@ -203,6 +212,7 @@ class DPOTrainer(DurableTrainer):
         self.objective = Objective.from_config(self.args)
         parts = assemble(model, self.given, self.objective, self.pad_token_id, self.processing_class)
         self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
+        self.reference_check = ReferenceCheck(self.reference, self.scorer, self.layout)
         check_splits(self.args, self.objective)
         self._models: dict[str, Any] = {}
         return parts.model
@@ -349,6 +359,8 @@ class DPOTrainer(DurableTrainer):
     ):
         """One line per stage; the comment is the module to read next."""
         batch = self.layout.settle(model, PairBatch.from_inputs(inputs))  # batch.py, layout.py
+        if model.training:
+            self.reference_check.begin(model, batch, untrained=not self.state.global_step)  # reference_check.py
         policy = self.scorer(model, batch)  # logprobs.py
         reference = self.reference.logps(model, batch)  # reference/
         losses = self.objective(  # losses/  [N]
@@ -486,16 +498,18 @@ class DPOTrainer(DurableTrainer):
             "since_last_log": self.metrics["train"].state_dict(self.sum_over_ranks, self.args.device),
             "objective": self.objective.state_dict(),
         }
-        beside = kept({f"{BESIDE}{name}": p for name, p in weights_beside_adapter(self.model).items()})
-        return state, self.reference.state() | beside
+        unsaved = weights_beside_adapter(self.model) | weights_of_soft_prompt(self.model)
+        return state, self.reference.state() | kept({f"{BESIDE}{name}": p for name, p in unsaved.items()})
 
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.num_tokens = state["num_tokens"]
         if self.is_world_process_zero():
             self.metrics["train"].load_state_dict(state["since_last_log"], self.args.device)
         self.objective.load_state_dict(state["objective"])
-        beside = weights_beside_adapter(self.model)
-        for name, parameter in beside.items():
+        unsaved = weights_beside_adapter(self.model) | weights_of_soft_prompt(self.model)
+        for name, parameter in unsaved.items():
+            if name.startswith("prompt_encoder.") and BESIDE + name not in tensors:
+                continue  # an older checkpoint: PEFT has loaded what there is
             with torch.no_grad(), whole(parameter, write=True) as own:
                 own.copy_(tensors.pop(BESIDE + name))
         self.reference.load_state(tensors)

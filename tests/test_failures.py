@@ -128,11 +128,24 @@ def test_what_another_rank_met_stops_this_one(what):
     watch = StepWatch()
     watch.watch(watched([4], [1.0]))
     watch.gradient_norm = torch.tensor(1.0)
-    found = verdict(watch, lambda sums: sums + torch.eye(3)[at])
+    found = verdict(watch, lambda sums: sums + torch.eye(4)[at])
     assert found.finite == (what == "signal")
     assert found.stop_asked == (what == "signal")
     if what == "losses":
         assert "on another rank" in found.problem(1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "elsewhere", "want"), [(0.0, 0.0, True), (0.0, 1.0, False), (1e-9, 0.0, False), (None, 0.0, False)]
+)
+def test_no_gradient_is_none_on_any_rank(norm, elsewhere, want):
+    """Without a norm (a gradient scaler is at work) there is nothing to say."""
+    watch = StepWatch()
+    watch.watch(watched([4], [1.0]))
+    watch.gradient_norm = norm
+    found = verdict(watch, lambda sums: sums + elsewhere * torch.eye(4)[3])
+    assert found.no_gradient == want
+    assert found.finite
 
 
 # --- skip ---

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dpo_trainer"
 # Left to right; what shares a place does not import from each other.
 ORDER: list[set[str]] = [
     {"registry", "user_module", "batch", "sharding", "engines", "cache_folders", "versions"},
+    {"linear_check"},
     {"data"},
     {"attention", "head"},
     {"logprobs"},
@@ -26,7 +27,7 @@ ORDER: list[set[str]] = [
     {"config_checks", "engine_checks", "optimizer_checks"},
     {"config"},
     {"loading"},
-    {"checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
+    {"reference_check", "checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
     {"template_date", "assembly", "run_identity", "run_data", "run_collator", "model_card", "callbacks"},
     {"durable"},
     {"precompute"},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 
@@ -133,3 +134,33 @@ def test_arguments_that_are_read(optim, given, tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_torch", OptimizerNames.ADAMW_TORCH])
 def test_a_name_as_text_or_as_transformers_has_it(optim, tmp_path):
     assert tiny.config(tmp_path, optim=optim).optim is OptimizerNames.ADAMW_TORCH
+
+
+# --- an optimizer as an object ---
+
+
+def sgd(model: torch.nn.Module, *parts: str) -> tuple[torch.optim.Optimizer, None]:
+    named = [(n, p) for n, p in model.named_parameters() if not parts or any(part in n for part in parts)]
+    return torch.optim.SGD([p for _, p in named], lr=0.1), None
+
+
+def test_an_optimizer_made_before_the_adapter(tmp_path):
+    model = tiny.llama()
+    with pytest.raises(ValueError, match=r"lacks 28 of the 28 weights.*made before the adapter of peft_config"):
+        tiny.trainer(tmp_path, model=model, parts={"optimizers": sgd(model), "peft_config": tiny.lora()})
+
+
+def test_an_optimizer_that_misses_some(tmp_path):
+    model = tiny.llama()
+    with pytest.raises(ValueError, match=r"lacks 1 of the \d+ weights to be trained \(lm_head.weight\)"):
+        tiny.trainer(tmp_path, model=model, parts={"optimizers": sgd(model, "model.")})
+    model.lm_head.requires_grad_(False)  # the way out, as are frozen weights in it
+    trainer = tiny.trained(tmp_path, model=model, parts={"optimizers": sgd(model)})
+    assert tiny.losses(trainer)[-1] != tiny.losses(trainer)[0]
+
+
+def test_an_optimizer_of_tied_weights(tmp_path):
+    """`named_parameters` names a tied weight once."""
+    model = tiny.llama(tie_word_embeddings=True)
+    trainer = tiny.trained(tmp_path, model=model, parts={"optimizers": sgd(model)})
+    assert tiny.losses(trainer)[-1] != tiny.losses(trainer)[0]

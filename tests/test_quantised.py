@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.loading import make_quantization_config
+from dpo_trainer.linear_check import wrong_gradients
+from dpo_trainer.loading import compute_as_in_training, make_quantization_config
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -285,6 +286,61 @@ def test_gradients_are_those_of_the_dequantised_model(base, saved, tmp_path):
         assert got.keys() == want.keys()
         far = {name: ((got[name] - want[name]).norm() / want[name].norm()).item() for name in want}
         assert max(far.values()) < 1e-5, (way, far)
+
+
+def packed(model: LlamaForCausalLM, *, and_back: bool = False) -> LlamaForCausalLM:
+    """As after a pass in eval mode on a CPU with AVX512-BF16, whatever this CPU has; `and_back`: as after saving it then."""
+    whole_blocks = [layer for layer in layers(model).values() if layer.in_features % 64 == 0]
+    for layer in whole_blocks:
+        layer.weight.data, layer.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+            layer.weight.data, layer.weight.quant_state
+        )
+    if and_back:
+        model.state_dict()
+    return model
+
+
+@pytest.mark.parametrize("and_back", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("base", [base for base in BASES if base != "int8"])
+def test_a_packed_model_is_refused(base, wrapped, and_back, saved, tmp_path):
+    model = packed(quantised(saved, base), and_back=and_back)
+    how = (
+        {"model": get_peft_model(model, tiny.lora())}
+        if wrapped
+        else {"model": model, "parts": {"peft_config": tiny.lora()}}
+    )
+    with pytest.raises(ValueError, match=r"4-bit layer .*q_proj.* packed its weights.*Load the model anew"):
+        tiny.trainer(tmp_path, **how)
+
+
+def test_a_look_at_a_model_in_training_does_not_pack_it(saved, tmp_path):
+    """After the trainer was built; so that a second one can be built over the same model."""
+    trainer = tiny.trainer(tmp_path, model=quantised(saved, "nf4"), parts={"peft_config": tiny.lora()})
+    logits(trainer.model, train=False)
+    tiny.trainer(tmp_path, model=trainer.model)
+
+
+class Pack(TrainerCallback):
+    """Right before the first batch: nothing saves the model from then on, which would unpack it."""
+
+    def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        packed(model)
+
+
+def test_layers_packed_behind_the_trainer_are_found_with_the_first_batch(saved, tmp_path):
+    trainer = tiny.trainer(tmp_path, model=quantised(saved, "nf4"), parts={"peft_config": tiny.lora()})
+    trainer.add_callback(Pack())
+    with pytest.raises(ValueError, match=r"through the quantised layer .*q_proj.* are not those.*Load the model anew"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+def test_sound_layers_pass(base, dtype, saved):
+    model = quantised(saved, base)
+    compute_as_in_training(model.train())
+    assert wrong_gradients(model, dtype) is None
 
 
 # --- saved, loaded, resumed ---

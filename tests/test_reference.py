@@ -176,7 +176,7 @@ def test_explicit_reference_may_carry_an_adapter(tmp_path):
 def merged(base: torch.nn.Module) -> torch.nn.Module:
     model = get_peft_model(base, tiny.lora())
     tiny.fill_adapters(model)
-    return model.merge_and_unload()
+    return model.merge_and_unload().requires_grad_(True)  # PEFT leaves it frozen
 
 
 def resized(base: torch.nn.Module) -> torch.nn.Module:
@@ -250,6 +250,127 @@ def test_frozen_parts_of_the_trained_adapter_stay_frozen(tmp_path):
         assert [name for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_B" not in name] == []
 
 
+# --- weights of the base that are trained beside the adapter ---
+
+
+def unfrozen_norms() -> PeftModel:
+    model = get_peft_model(tiny.llama(), tiny.lora())
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+def with_biases(bias: str) -> PeftModel:
+    return get_peft_model(tiny.llama(attention_bias=True), tiny.lora(bias=bias, target_modules=["q_proj", "v_proj"]))
+
+
+BESIDE: dict[str, Callable[[], PeftModel]] = {
+    "norms": unfrozen_norms,
+    "bias all": lambda: with_biases("all"),
+    "bias lora_only": lambda: with_biases("lora_only"),
+}
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", BESIDE)
+def test_weights_beside_the_adapter_do_not_move_the_reference(kind, layout, separate, tmp_path):
+    options = {"layout": layout, "use_separate_reference_adapter": separate, "max_steps": 3, "learning_rate": 0.5}
+    trainer = tiny.trainer(tmp_path, model=BESIDE[kind](), **options)
+    assert "trained weights of the base as they were" in trainer.reference.description
+    batch = first_batch(trainer)
+    before, weights = reference_logps(trainer, batch), tiny.weights(trainer.model)
+    trainer.train()
+    assert tiny.losses(trainer)[0] == pytest.approx(math.log(2), abs=2e-6)
+    assert torch.equal(reference_logps(trainer, batch), before)
+    # They were trained, and are what was trained after the reference was read.
+    after = tiny.weights(trainer.model)
+    moved = {name for name in weights if not torch.equal(weights[name], after[name])}
+    assert [name for name in moved if "lora_" not in name]
+    assert (policy_logps(trainer, batch) - before).abs().max() > 0.1
+
+
+def test_gradients_are_not_those_of_the_swapped_weights(tmp_path):
+    """The reference is read between forward and backward of the policy: with an explicit one, the run is the same."""
+    plain = tiny.trainer(tmp_path, model=unfrozen_norms(), parts={"ref_model": tiny.llama()}, learning_rate=0.5)
+    swapped = tiny.trainer(tmp_path, model=unfrozen_norms(), use_separate_reference_adapter=False, learning_rate=0.5)
+    plain.train()
+    swapped.train()
+    tiny.assert_same_weights(
+        tiny.weights(swapped.model, trainable=True), tiny.weights(plain.model, trainable=True), 1e-6
+    )
+
+
+def test_weights_beside_the_adapter_under_autocast(tmp_path):
+    """Autocast remembers rounded weights by their address, which the copies have for as long as the reference is read."""
+    online = tiny.trainer(tmp_path, model=with_biases("all"), use_separate_reference_adapter=False, bf16=True)
+    batch = first_batch(online)
+
+    def read() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            policy_logps(online, batch)  # so that something is remembered
+            return reference_logps(online, batch)
+
+    before = read()
+    online.train()
+    assert torch.equal(read(), before)
+
+
+def test_sharded_weights_beside_the_adapter_are_refused():
+    from dpo_trainer.logprobs import Scorer
+    from dpo_trainer.reference import choose_reference
+
+    model = unfrozen_norms()
+    with pytest.raises(ValueError, match=r"weights of the base model are trained beside.*modules_to_save.*ref_model"):
+        choose_reference(model, None, Scorer(model), needed=True, separate_adapter=False, sharded=True)
+    model = get_peft_model(tiny.llama(), tiny.lora())  # nothing beside it
+    choose_reference(model, None, Scorer(model), needed=True, separate_adapter=False, sharded=True)
+
+
+@pytest.mark.parametrize("separate", [None, True])
+def test_the_cache_of_such_a_reference_has_its_name(separate, tmp_path):
+    """After training its hash is what it was, though the weights in the model are others."""
+    trainer = tiny.trainer(
+        tmp_path, model=unfrozen_norms(), use_separate_reference_adapter=separate, learning_rate=0.5
+    )
+    before = trainer.reference.identity(trainer.model, "float32")
+    trainer.train()
+    assert trainer.reference.identity(trainer.model, "float32") == before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_that_peft_ties_are_in_the_copy(tied, tmp_path):
+    """With `ensure_weight_tying`, LoRA on the embedding puts itself on the head too: the copy must have that."""
+    config = tiny.lora(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=tied)
+    model = get_peft_model(tiny.llama(tie_word_embeddings=True), config)
+    tiny.fill_adapters(model, scale=0.3)
+    trainer = tiny.trainer(tmp_path, model=model, max_steps=2)
+    copied = {name for name in tiny.weights(trainer.model) if ".ref" in name}
+    assert len(copied) == len([name for name in tiny.weights(trainer.model) if ".default" in name])
+    assert any("lm_head" in name for name in copied) == tied
+    trainer.train()
+    assert tiny.losses(trainer)[0] == pytest.approx(math.log(2), abs=2e-6)
+
+
+def test_a_copy_that_is_not_its_source_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_trainer.reference.twins._copy_parameters", lambda *_: None)
+    monkeypatch.setattr("dpo_trainer.reference.twins.set_peft_model_state_dict", lambda *_, **__: None)
+    with pytest.raises(
+        ValueError, match=r"frozen copy of the adapter 'style'.*lora_\w+\.weight is missing in it or differs"
+    ):
+        tiny.trainer(tmp_path, model=trained_adapter())
+
+
+def test_copying_thaws_nothing(tmp_path):
+    model = trained_adapter()
+    frozen = {name for name, p in model.named_parameters() if "lora_A" in name and p.requires_grad_(False) is p}
+    trainer = tiny.trainer(tmp_path, model=model)
+    assert isinstance(trainer.reference, NamedAdapter)
+    assert frozen
+    assert [name for name, p in trainer.model.named_parameters() if name in frozen and p.requires_grad] == []
+
+
 # --- no reference ---
 
 
@@ -290,6 +411,17 @@ def test_ref_model_is_the_base_of_the_policy(tmp_path):
     peft_model = get_peft_model(model, tiny.lora())
     with pytest.raises(ValueError, match=r"ref_model is the base of the PEFT model.*Leave ref_model out"):
         tiny.trainer(tmp_path, model=peft_model, parts={"ref_model": model})
+
+
+def test_ref_model_has_the_memory_of_the_policy(tmp_path):
+    model, twin = tiny.llama(), tiny.llama()
+    twin.lm_head.weight = model.lm_head.weight
+    with pytest.raises(ValueError, match=r"shares the memory of 1 weights that are trained \(lm_head.weight"):
+        tiny.trainer(tmp_path, model=model, parts={"ref_model": twin})
+    # The frozen base of an adapter may be shared.
+    model, twin = tiny.llama(), tiny.llama()
+    twin.load_state_dict(model.state_dict(), assign=True)
+    tiny.trainer(tmp_path, model=model, parts={"ref_model": twin, "peft_config": tiny.lora()})
 
 
 def test_ref_model_is_the_model_that_gets_an_adapter(tmp_path):

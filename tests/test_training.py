@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, TrainableTokensConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import trainer as transformers_trainer
@@ -829,3 +829,58 @@ def test_evaluating_changes_nothing_of_the_training(tmp_path):
     assert len([line for line in often.state.log_history if "eval_loss" in line]) == 4
     for name, weight in tiny.weights(plain.model).items():
         assert torch.equal(weight, tiny.weights(often.model)[name]), name
+
+
+# --- something trains ---
+
+
+def for_inference(folder: Path) -> PeftModel:
+    """As `PeftModel.from_pretrained` loads an adapter where nothing is said."""
+    tiny.llama().save_pretrained(folder / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), tiny.lora())
+    model.save_pretrained(folder / "adapter")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_separate_reference_adapter": False}, {"reference_free": True}, {"loss_type": "simpo"}],
+    ids=str,
+)
+def test_an_adapter_that_was_loaded_for_inference(options, tmp_path):
+    with pytest.raises(ValueError, match=r"Nothing of the model can be trained.*'default'.*is_trainable=True"):
+        tiny.trainer(tmp_path, model=for_inference(tmp_path), **options)
+
+
+def test_the_ways_out_of_an_adapter_for_inference(tmp_path):
+    for_inference(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trainable = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    for how in (
+        {"model": trainable},
+        {"model": str(tmp_path / "adapter")},
+        {"model": for_inference(tmp_path), "model_adapter_name": "default"},
+    ):
+        trainer = tiny.trainer(tmp_path, **how)
+        assert any(p.requires_grad for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_frozen_model(checkpointing, tmp_path):
+    model = get_peft_model(tiny.llama(), tiny.lora()).merge_and_unload()
+    with pytest.raises(
+        ValueError, match=r"Nothing of the model can be trained.*merge_and_unload.*requires_grad_\(True\)"
+    ):
+        tiny.trainer(tmp_path, model=model, gradient_checkpointing=checkpointing)
+
+
+def test_a_step_without_a_gradient_is_said_once(tmp_path, caplog):
+    """Tokens that no row has are all that is trained."""
+    config = TrainableTokensConfig(token_indices=[tiny.VOCABULARY - 1], target_modules=["embed_tokens"])
+    tiny.trained(tmp_path, parts={"peft_config": config})
+    said = [record.message for record in caplog.records if "is 0 for every weight" in record.message]
+    assert len(said) == 1
+    assert "step 1" in said[0]
+    caplog.clear()
+    tiny.trained(tmp_path)
+    assert "is 0 for every weight" not in caplog.text

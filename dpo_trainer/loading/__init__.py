@@ -1,11 +1,14 @@
 """What exists before the trainer does: model, tokenizer, adapters, quantisation, datasets; and dropout switched off."""
 
+from .adapter_kinds import refuse_adapter_kind
 from .adapters import (
     apply_peft,
     compute_as_in_training,
     let_gradients_through,
     make_quantization_config,
+    refuse_untrainable,
     weights_beside_adapter,
+    weights_of_soft_prompt,
 )
 from .continued_adapter import continue_adapter
 from .datasets import load_dataset_splits
@@ -25,5 +28,8 @@ __all__ = [
     "load_processing_class",
     "load_tokenizer",
     "make_quantization_config",
+    "refuse_adapter_kind",
+    "refuse_untrainable",
     "weights_beside_adapter",
+    "weights_of_soft_prompt",
 ]

@@ -74,7 +74,10 @@ def apply_peft(
     prepare_base(model, quantized=quantized, gradient_checkpointing=gradient_checkpointing)
     peft_config = copy.copy(peft_config)
     peft_config.task_type = peft_config.task_type or "CAUSAL_LM"
-    return get_peft_model(model, peft_config, adapter_name=adapter_name)
+    try:
+        return get_peft_model(model, peft_config, adapter_name=adapter_name)
+    except ImportError as error:  # some kinds and initialisations need a package
+        raise ValueError(f"peft_config needs a package that is not here: {error}") from error
 
 
 def prepare_base(model: PreTrainedModel, *, quantized: bool, gradient_checkpointing: bool) -> None:
@@ -103,7 +106,8 @@ def compute_as_in_training(model: torch.nn.Module) -> None:
     train mode: they would be two models, and the first loss not ln 2.
     """
     module: Any
-    for module in model.modules():
+    for name, module in model.named_modules():
+        _refuse_packed(name, module)
         # 4 bits, on CPUs with AVX512-BF16: the first pass in eval mode packs the layer for an inference kernel, for good. Its
         # numbers are off by about 1e-3 nats, and it has no backward: after one evaluation no gradient passes, without an error.
         if getattr(module, "support_avx512bf16_for_cpu", False):
@@ -114,16 +118,58 @@ def compute_as_in_training(model: torch.nn.Module) -> None:
             state.__class__ = type("AlwaysTraining", (_AlwaysTraining, type(state)), {})
 
 
+def _refuse_packed(name: str, module: Any) -> None:
+    """Refuse a 4-bit layer that was packed for inference, also if it was unpacked since (as saving does).
+
+    Packing leaves `original_dtype` behind. It rounds the scales of the blocks to bfloat16, and without double quantisation
+    unpacking does not even bring those back.
+    """
+    if hasattr(getattr(getattr(module, "weight", None), "quant_state", None), "original_dtype"):
+        raise ValueError(
+            f"The 4-bit layer {name} has computed in eval mode on this CPU, and bitsandbytes packed its weights for inference then: they "
+            "are rounded, and gradients through them are wrong. Load the model anew and build the trainer before anything is "
+            "asked of it (generate, evaluation); from then on its layers are not packed."
+        )
+
+
 class _AlwaysTraining:
     """The state of an int8 layer, which sets `is_training` to its mode at each pass and then goes by it."""
 
     is_training = property(lambda self: True, lambda self, mode: None)
 
 
+def refuse_untrainable(model: torch.nn.Module) -> None:
+    """Raise ValueError if training would change nothing of the model."""
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"Nothing of the model can be trained: no weight of its adapter {model.active_adapter!r} requires a gradient, as PEFT "
+            "loads adapters for inference. Load it with PeftModel.from_pretrained(..., is_trainable=True), give its folder as the "
+            "model by name, or name it with --model_adapter_name."
+        )
+    raise ValueError(
+        f"Nothing of the model can be trained: no weight of this {type(model).__name__} requires a gradient, as "
+        "PEFT leaves a model after merge_and_unload(). Call requires_grad_(True) on what shall be trained, or train an adapter (peft_config, --use_peft)."
+    )
+
+
 def weights_beside_adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """What the user trains besides the adapter (unfrozen by hand), by name: PEFT saves nothing of it."""
-    if not isinstance(model, PeftModel) or model.active_peft_config.is_prompt_learning:
+    if not isinstance(model, PeftModel):
         return {}
+    if model.active_peft_config.is_prompt_learning:
+        return {n: p for n, p in model.base_model.named_parameters(prefix="base_model") if p.requires_grad}
     adapter = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     saved = {weight.data_ptr() for weight in adapter.values()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved}
+
+
+def weights_of_soft_prompt(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What makes the vectors of soft prompts, a frozen copy's too, by name.
+
+    PEFT saves the vectors, and loads them in the place of what they are made of: of p-tuning, without its encoder.
+    """
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return {}
+    return dict(model.prompt_encoder.named_parameters(prefix="prompt_encoder"))

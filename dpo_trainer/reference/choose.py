@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 
 from ..logprobs import Scorer
 from ..sharding import copy_of
+from .beside_adapter import StartingWeights
+from .fresh_adapter import begins_at_zero
 from .moving import MovingAdapter, MovingModel
 from .strategies import DisabledAdapter, FrozenModel, NamedAdapter, NoReference, Reference, UntrainedPolicy
+from .twins import copy_adapter, freeze
 
 COPIED_ADAPTER = "ref"
+MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Starts of `init_lora_weights` that take out of the base what they put into the adapter."""
 
 
 def choose_reference(
@@ -27,6 +30,7 @@ def choose_reference(
     separate_adapter: bool | None = None,
     moving: bool = False,
     copy_policy: bool = True,
+    sharded: bool = False,
 ) -> Reference:
     """The strategy for this run. `policy` is not wrapped yet, and stands as training will find it.
 
@@ -42,6 +46,7 @@ def choose_reference(
         moving: whether the reference shall follow the policy.
         copy_policy: whether the policy's frozen copy shall be made, where that is the reference. False: its log-probs are
             all taken before the policy trains, so that it can stand in for its copy.
+        sharded: whether an engine will leave each rank a part of every weight.
 
     Raises:
         ValueError: for what contradicts itself or cannot work, by name and with the way out.
@@ -65,38 +70,37 @@ def choose_reference(
     if not isinstance(policy, PeftModel):
         # The live policy, not a reload by name: it may have been merged, resized, trained or built in this process.
         copied = copy_of(policy)
-        return _of_model(copied, f"a {kind} copy of the model that training started from", policy, moving)
+        return _start(_of_model(copied, f"a {kind} copy of the model that training started from", policy, moving))
     trained = _active_adapter(policy)
     if ref_adapter_name is not None:
-        _freeze(policy, ref_adapter_name)
-        return NamedAdapter(scorer, trained, ref_adapter_name, f"the adapter {ref_adapter_name!r}")
-    starts_below = fresh_adapter and _begins_at_zero(policy.peft_config[trained])
+        freeze(policy, ref_adapter_name)
+        start = StartingWeights(policy, sharded=sharded)
+        return NamedAdapter(scorer, trained, ref_adapter_name, f"the adapter {ref_adapter_name!r}", start)
+    starts_below = fresh_adapter and begins_at_zero(policy, trained)
+    _refuse_residual_base(policy, trained, separate_adapter)
     if separate_adapter or (separate_adapter is None and (moving or not starts_below)):
-        _copy_adapter(policy, trained, COPIED_ADAPTER)
+        copy_adapter(policy, trained, COPIED_ADAPTER)
         copied_from = f"a {kind} copy of the adapter {trained!r} that training started from"
         if moving:
             return MovingAdapter(scorer, trained, COPIED_ADAPTER, copied_from, policy)
-        return NamedAdapter(scorer, trained, COPIED_ADAPTER, copied_from)
+        start = StartingWeights(policy, sharded=sharded)
+        return _start(NamedAdapter(scorer, trained, COPIED_ADAPTER, copied_from, start))
+    start = StartingWeights(policy, sharded=sharded)
     if starts_below:
-        return DisabledAdapter(scorer)
-    return DisabledAdapter(
-        scorer, f"the base model, with the adapter {trained!r} off (the first loss need not be ln 2)"
-    )
+        return _start(DisabledAdapter(scorer, start=start))
+    below = f"the base model, with the adapter {trained!r} off (the first loss need not be ln 2)"
+    return DisabledAdapter(scorer, below, start)
+
+
+def _start(reference: Reference) -> Reference:
+    reference.is_start = True
+    return reference
 
 
 def _of_model(model: nn.Module, description: str, policy: nn.Module, moving: bool) -> Reference:
     if moving:
         return MovingModel(model, Scorer(model), description, policy)
     return FrozenModel(model, Scorer(model), description)
-
-
-def _begins_at_zero(config: PeftConfig) -> bool:
-    """Whether a fresh adapter leaves the model below it as it was.
-
-    Some ways to initialise LoRA (PiSSA, OLoRA, CorDA, LoftQ) take out of the base weight what they put into the adapter:
-    the base alone is then no model that anybody trained.
-    """
-    return getattr(config, "init_lora_weights", True) in (True, "gaussian")
 
 
 def _refuse_useless(chosen: list[str], needed: bool, reference_free: bool, moving: bool) -> None:
@@ -120,6 +124,15 @@ def _refuse_the_policy(policy: nn.Module, ref_model: nn.Module | None) -> None:
         raise ValueError(
             "ref_model is the base of the PEFT model that is trained, adapters included. Leave ref_model out: the "
             "reference is then the same base with its adapter off, at no extra memory."
+        )
+    held = (
+        set() if ref_model is None else {p.data_ptr() for p in ref_model.parameters()} - {0}
+    )  # 0: not in this process
+    shared = [name for name, p in policy.named_parameters() if p.requires_grad and p.data_ptr() in held]
+    if shared:
+        raise ValueError(
+            f"ref_model shares the memory of {len(shared)} weights that are trained ({shared[0]} ...): it would move along. Leave "
+            "ref_model out (the reference is then a frozen copy), give copy.deepcopy of it, or load a second one."
         )
 
 
@@ -149,33 +162,18 @@ def _refuse_adapters(policy: nn.Module, ref_adapter_name: str | None, separate_a
         )
 
 
+def _refuse_residual_base(policy: PeftModel, trained: str, separate_adapter: bool | None) -> None:
+    init = getattr(policy.peft_config[trained], "init_lora_weights", None)
+    if separate_adapter is False and str(init).startswith(MOVES_BASE):
+        raise ValueError(
+            f"--use_separate_reference_adapter false makes the model below the adapter the reference, and init_lora_weights="
+            f"{init!r} moved a part of that model into the adapter: what is left is not a trained model. Leave the "
+            "option out, and the reference is a frozen copy of the adapter as it began."
+        )
+
+
 def _active_adapter(model: PeftModel) -> str:
     active = model.active_adapter
     if not isinstance(active, str):
         raise ValueError(f"Several adapters are active ({active}): name the one to train with --model_adapter_name.")
     return active
-
-
-def _copy_adapter(model: PeftModel, source: str, target: str) -> None:
-    """Add a frozen adapter with the weights of another, whatever its kind and name."""
-    if target in model.peft_config:
-        raise ValueError(
-            f"The model already has an adapter {target!r}, the name that a frozen copy of {source!r} would get: say "
-            f"--ref_adapter_name {target} if it is the reference, or rename it."
-        )
-    config = copy.deepcopy(model.peft_config[source])
-    if hasattr(config, "init_lora_weights"):
-        # The first weights are overwritten anyway, and PiSSA and its like would change the base a second time.
-        config.init_lora_weights = True
-    model.add_adapter(target, config)
-    weights = {name: w.clone() for name, w in get_peft_model_state_dict(model, adapter_name=source).items()}
-    set_peft_model_state_dict(model, weights, adapter_name=target)
-    model.set_adapter(source)
-    _freeze(model, target)
-
-
-def _freeze(model: PeftModel, adapter: str) -> None:
-    if model.peft_config[adapter].is_prompt_learning:
-        model.prompt_encoder[adapter].requires_grad_(False)
-    else:
-        model.set_requires_grad(adapter, requires_grad=False)

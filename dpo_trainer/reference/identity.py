@@ -86,7 +86,7 @@ def identify(model: nn.Module, *, adapter: str | None = None, precision: str = "
     _check_adapters(model, adapter)
     _check_weights_are_here(model)
     base = base_model(model)
-    names = _names_without_adapters(base)
+    names = names_without_adapters(base)
     content = {
         "format": FORMAT,
         "class": class_of(base).__name__,
@@ -131,7 +131,7 @@ def _adapter_parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, ADAPTER_PARTS))
 
 
-def _names_without_adapters(base: PreTrainedModel) -> dict[str, str | None]:
+def names_without_adapters(base: PreTrainedModel) -> dict[str, str | None]:
     """{path of a module: its path in the model without adapters}; None for what belongs to an adapter.
 
     PEFT puts its layers in the place of the model's own, which it keeps inside: both get the name of the place.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..logprobs import Scorer
 from ..sharding import kept, shape_of, whole
 from .strategies import FrozenModel, NamedAdapter
+from .twins import twins
 
 
 class MovingModel(FrozenModel):
@@ -65,8 +66,8 @@ class MovingAdapter(NamedAdapter):
     ):
         super().__init__(scorer, policy_adapter, reference_adapter, description)
         self.policy = policy
-        twins = set(self._twins(policy).values())
-        alone = [name for name, p in policy.named_parameters() if p.requires_grad and name not in twins]
+        mixed = set(self._twins(policy).values())
+        alone = [name for name, p in policy.named_parameters() if p.requires_grad and name not in mixed]
         if alone:
             raise ValueError(
                 f"--sync_ref_model mixes the adapter {policy_adapter!r} into a copy of it, and {alone[0]} is trained "
@@ -92,20 +93,8 @@ class MovingAdapter(NamedAdapter):
         return {name: parameters[name] for name in self._twins(self.policy)}
 
     def _twins(self, model: nn.Module) -> dict[str, str]:
-        """{name of a parameter of the reference adapter: name of the same parameter of the trained one}.
-
-        peft puts the adapter's name somewhere among the dotted parts (`lora_A.NAME.weight`, `trainable_tokens_delta.NAME`),
-        and a user may call an adapter like another part ("model"): a twin is a name that exists.
-        """
-        names = {name for name, _ in model.named_parameters()}
-        twins = {}
-        for name in sorted(names):
-            parts = name.split(".")
-            for place, part in enumerate(parts):
-                own = ".".join([*parts[:place], self.reference_adapter, *parts[place + 1 :]])
-                if part == self.policy_adapter and own in names:
-                    twins[own] = name
-        return twins
+        """{name of a parameter of the reference adapter: name of the same parameter of the trained one}."""
+        return twins(model, self.policy_adapter, self.reference_adapter)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..batch import PairBatch, PairLogps
 from ..logprobs import Scorer, evaluation_mode
 from ..sharding import copy_of
+from .beside_adapter import StartingWeights, trained_in_base
 from .identity import Identity, identify
 
 
@@ -42,6 +43,9 @@ class Reference(Protocol):
     lasting: bool = False
     """Whether it is part of the policy's own module, and there for as long as that is."""
 
+    is_start: bool = False
+    """Whether it was chosen as the model that training starts from, so that the first loss must be ln 2."""
+
     keyed: bool = False
     """Whether it looks completions up by what they are, so that batches must say it (`PairBatch.keys`)."""
 
@@ -56,6 +60,10 @@ class Reference(Protocol):
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
         """What it is, as a hash over its weights. `policy` as it is before training; None where there is no reference."""
         return None
+
+    def unkept(self, policy: nn.Module) -> list[str]:
+        """Weights that are trained, and that it would share: found when training begins. `policy` as it is wrapped now."""
+        return []
 
     moving: bool = False
     """Whether it follows the policy while that trains: see `moving.py`."""
@@ -132,13 +140,23 @@ class UntrainedPolicy(Reference):
 
 
 class DisabledAdapter(Reference):
-    """The policy with its adapter off: one more forward, no more memory."""
+    """The policy with its adapter off: one more forward, no more memory.
+
+    Args:
+        start: what is trained of the base beside the adapter, as it was. None: nothing is.
+    """
 
     lasting = True
 
-    def __init__(self, scorer: Scorer, description: str = "the policy with its adapter disabled"):
+    def __init__(
+        self,
+        scorer: Scorer,
+        description: str = "the policy with its adapter disabled",
+        start: StartingWeights | None = None,
+    ):
         self.scorer = scorer
-        self.description = description
+        self.start = start
+        self.description = description + (start.description if start else "")
         self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
@@ -148,23 +166,44 @@ class DisabledAdapter(Reference):
     @contextlib.contextmanager
     def in_place(self, policy: nn.Module) -> Iterator[nn.Module]:
         peft_model: PeftModel = extract_model_from_parallel(policy)
-        with evaluation_mode(peft_model), _same_trainable_after(peft_model), peft_model.disable_adapter():
+        with (
+            _as_it_was(self.start, peft_model),
+            evaluation_mode(peft_model),
+            _same_trainable_after(peft_model),
+            peft_model.disable_adapter(),
+        ):
             yield peft_model
 
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
-        return identify(policy, precision=precision)
+        with _as_it_was(self.start, policy):
+            return identify(policy, precision=precision)
+
+    def unkept(self, policy: nn.Module) -> list[str]:
+        return _unkept(self.start, policy)
 
 
 class NamedAdapter(Reference):
-    """A second, frozen adapter on the same base model."""
+    """A second, frozen adapter on the same base model.
+
+    Args:
+        start: what is trained of the base beside the adapters, as it was. None: nothing is.
+    """
 
     lasting = True
 
-    def __init__(self, scorer: Scorer, policy_adapter: str, reference_adapter: str, description: str):
+    def __init__(
+        self,
+        scorer: Scorer,
+        policy_adapter: str,
+        reference_adapter: str,
+        description: str,
+        start: StartingWeights | None = None,
+    ):
         self.scorer = scorer
         self.policy_adapter = policy_adapter
         self.reference_adapter = reference_adapter
-        self.description = description
+        self.start = start
+        self.description = description + (start.description if start else "")
         self.own: list[tuple[Scorer, nn.Module]] = []
 
     def logps(self, policy: nn.Module, batch: PairBatch) -> PairLogps:
@@ -174,7 +213,7 @@ class NamedAdapter(Reference):
     @contextlib.contextmanager
     def in_place(self, policy: nn.Module) -> Iterator[nn.Module]:
         peft_model = extract_model_from_parallel(policy)
-        with evaluation_mode(peft_model), _same_trainable_after(peft_model):
+        with _as_it_was(self.start, peft_model), evaluation_mode(peft_model), _same_trainable_after(peft_model):
             peft_model.set_adapter(self.reference_adapter)
             try:
                 yield peft_model
@@ -182,7 +221,11 @@ class NamedAdapter(Reference):
                 peft_model.set_adapter(self.policy_adapter)
 
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
-        return identify(policy, adapter=self.reference_adapter, precision=precision)
+        with _as_it_was(self.start, policy):
+            return identify(policy, adapter=self.reference_adapter, precision=precision)
+
+    def unkept(self, policy: nn.Module) -> list[str]:
+        return _unkept(self.start, policy)
 
 
 class OnCopy(Reference):
@@ -211,6 +254,14 @@ class OnCopy(Reference):
 
     def identity(self, policy: nn.Module, precision: str) -> Identity | None:
         return self.inside.identity(policy, precision)
+
+
+def _as_it_was(start: StartingWeights | None, policy: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return start.in_place(policy) if start else contextlib.nullcontext()
+
+
+def _unkept(start: StartingWeights | None, policy: nn.Module) -> list[str]:
+    return [name for name in trained_in_base(policy) if start is None or name not in start.copies]
 
 
 @contextlib.contextmanager
