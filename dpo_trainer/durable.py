@@ -30,7 +30,9 @@ from .checkpoints import (
     fresh_aside,
     load_renamed,
     publish,
+    rescuing,
     retire,
+    savable_generation_config,
     saving,
     seal,
 )
@@ -80,6 +82,10 @@ class DurableTrainer(Trainer):
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take up what `run_state` returned."""
         return
+
+    def saved_as(self) -> contextlib.AbstractContextManager[None]:
+        """Around each save: the model as it shall be found in the folder."""
+        return contextlib.nullcontext()
 
     def mark_step(self) -> Any:
         """What `undo_step` returns to; nothing is copied off the device."""
@@ -232,9 +238,18 @@ class DurableTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self._aside is not None or not self.args.should_save:  # of a checkpoint, an earlier one is left
+            self._save_to(folder, state_dict)
+            return
+        with rescuing(folder, self.model, state_dict, lambda elsewhere: self._save_to(elsewhere, state_dict)):
+            self._save_to(folder, state_dict)
+
+    def _save_to(self, folder: Path, state_dict: dict | None) -> None:
+        given = None if state_dict is None else dict(state_dict)  # transformers takes out what it has written
+        with self.saved_as(), savable_generation_config(self.accelerator.unwrap_model(self.model)):
+            super()._save(str(folder), given)
         if self.args.should_save:  # the arguments as text: a pickle can run code when it is read
-            folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             (folder / "training_args.json").write_text(readable(self.args.to_dict()))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .assembly import Given, assemble
 from .batch import PairBatch, micro_batches, pair_weight
 from .callbacks import MoveReference
+from .checkpoints import GivenConfig
 from .config import DPOConfig
 from .config_checks import check_sampling
 from .data import (
@@ -60,6 +61,7 @@ from .reference import CachedReference, Reference
 from .run_collator import check_budget, run_collator
 from .run_data import Rows, RunData
 from .run_identity import model_identity
+from .save_checks import check_saving, check_wrapping
 from .sharding import kept, whole
 
 logger = logging.get_logger(__name__)
@@ -129,6 +131,7 @@ class DPOTrainer(DurableTrainer):
         start = self.given.policy(model if model is not None else super().call_model_init())
         for given in (start, ref_model):
             if isinstance(given, nn.Module):
+                check_wrapping(given)
                 check_placement(given, args)
         if processing_class is None:
             named = model if isinstance(model, str) else base_model(start).config._name_or_path
@@ -137,6 +140,8 @@ class DPOTrainer(DurableTrainer):
         self.args, self.processing_class = args, processing_class
         self.pad_token_id = check_tokenizer(processing_class)
         model = self._assemble(start)
+        if args.should_save:
+            check_saving(model, processing_class, args.output_dir)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
         if train_dataset is not None:
@@ -187,6 +192,7 @@ class DPOTrainer(DurableTrainer):
         self.reference.place(lambda model: prepare_frozen(model, self.accelerator, self.args))
 
     def _assemble(self, model: nn.Module) -> nn.Module:
+        self.given_config = GivenConfig(base_model(model))
         self.objective = Objective.from_config(self.args)
         parts = assemble(model, self.given, self.objective, self.pad_token_id, self.processing_class)
         self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
@@ -475,6 +481,9 @@ class DPOTrainer(DurableTrainer):
         table, shift = mark
         self.metrics["train"].back_to(table)
         self.objective.shift.back_to(shift)
+
+    def saved_as(self) -> AbstractContextManager[None]:
+        return self.given_config.restored()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

@@ -26,7 +26,7 @@ ORDER: list[set[str]] = [
     {"config"},
     {"loading"},
     {"checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
-    {"assembly", "run_identity", "run_data", "run_collator", "model_card", "callbacks"},
+    {"assembly", "run_identity", "run_data", "run_collator", "model_card", "callbacks", "save_checks"},
     {"durable"},
     {"precompute"},
     {"trainer"},
