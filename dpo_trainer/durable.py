@@ -87,6 +87,10 @@ class DurableTrainer(Trainer):
         """Around each save: the model as it shall be found in the folder."""
         return contextlib.nullcontext()
 
+    def begin_counting(self) -> None:
+        """Forget what was counted since the last log line: an attempt to train begins, and a run that failed may have left it."""
+        return
+
     def mark_step(self) -> Any:
         """What `undo_step` returns to; nothing is copied off the device."""
         return None
@@ -107,6 +111,8 @@ class DurableTrainer(Trainer):
             lambda: checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, force=self.args.force_resume)
         )
         self.stop_asked = self.stopped_by_signal = self._attempted = False
+        self.watch.clear()
+        self.begin_counting()
         if self.model_init is None:
             self.know_run()
         with self._heeding_sigterm():
@@ -174,6 +180,7 @@ class DurableTrainer(Trainer):
             )
         self._attempted = True
         self.watch.clear()
+        self.begin_counting()
         super()._update_auto_batch_size(batch_size)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -6,8 +6,8 @@ rows -> data/ -> PairBatch -> layout.py -> logprobs.py (policy), reference/ -> l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .assembly import Given, assemble
 from .batch import PairBatch, micro_batches, pair_weight
+from .best_metric import check_best_metric
 from .callbacks import MoveReference
 from .checkpoints import GivenConfig
 from .config import DPOConfig
@@ -45,7 +46,7 @@ from .fillers import refuse_empty_rounds, unweigh_fillers
 from .loading import load_processing_class, weights_beside_adapter
 from .logprobs import base_model
 from .losses import Objective
-from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
+from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss, with_losses
 from .micro_batches import (
     check_splits,
     even_parts,
@@ -63,6 +64,7 @@ from .run_data import Rows, RunData
 from .run_identity import model_identity
 from .save_checks import check_saving, check_wrapping
 from .sharding import kept, whole
+from .vocabulary import check_pad_token, smallest_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +97,7 @@ class DPOTrainer(DurableTrainer):
 
     _tag_names = ("dpo_trainer", "dpo")
     _metrics = METRICS
+    compute_metrics: Callable | None
     trained_on = "preference pairs"
     """What the model card says of the data."""
 
@@ -140,6 +143,7 @@ class DPOTrainer(DurableTrainer):
         self.args, self.processing_class = args, processing_class
         self.pad_token_id = check_tokenizer(processing_class)
         model = self._assemble(start)
+        check_pad_token(self.pad_token_id, model, self.ref_model)
         if args.should_save:
             check_saving(model, processing_class, args.output_dir)
         self.data = self._make_data(model)
@@ -170,6 +174,8 @@ class DPOTrainer(DurableTrainer):
             optimizers=optimizers,
         )
         check_engine(self.accelerator)
+        if compute_metrics is None:
+            self._check_best_metric()
         self.model_init = model_init
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -180,6 +186,11 @@ class DPOTrainer(DurableTrainer):
             self.model.add_model_tags(list(self._tag_names))
         keep_outputs_exact(self.accelerator)
         self._place_reference()
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The second model in memory that is the reference, as it is placed; None where there is none."""
+        return next((model for _, model in self.reference.own), None)
 
     # --- the parts, built once ---
 
@@ -199,6 +210,11 @@ class DPOTrainer(DurableTrainer):
         check_splits(self.args, self.objective)
         self._models: dict[str, Any] = {}
         return parts.model
+
+    def _check_best_metric(self) -> None:
+        router = self.objective.router_weight > 0
+        names = [name for name in self._metrics if router or name != "aux_loss"]
+        check_best_metric(self.args, names, self.eval_dataset, self.callback_handler.callbacks)
 
     def _start_counting(self) -> None:
         has_router = self.objective.router_weight > 0
@@ -239,7 +255,7 @@ class DPOTrainer(DurableTrainer):
 
     def _needs(self, model: nn.Module) -> Needs:
         return Needs(
-            vocabulary_size=getattr(base_model(model).get_input_embeddings(), "num_embeddings", None),
+            **smallest_vocabulary(model, self.ref_model),
             unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
         )
 
@@ -348,6 +364,8 @@ class DPOTrainer(DurableTrainer):
         if prediction_loss_only:
             return loss, None, None
         pairs = in_row_order(outputs, own, real)
+        if "loss" not in self.args.include_for_metrics:
+            del pairs["losses"]
         return loss, pairs, pairs.pop("example_ids")
 
     # --- numbers ---
@@ -359,7 +377,8 @@ class DPOTrainer(DurableTrainer):
         self.metrics["eval"].clear()
         self.gather_function = self._gather_pairs  # Trainer puts its own back after each loop
         # Data loaders draw a seed: a run that is evaluated more often must not draw other dropout.
-        with torch.random.fork_rng(devices=[]), evaluation(self.model, self.accelerator):
+        no_other_dropout = torch.random.fork_rng(devices=[])
+        with no_other_dropout, evaluation(self.model, self.accelerator), self._losses_by_pair():
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
@@ -369,19 +388,41 @@ class DPOTrainer(DurableTrainer):
         self._logged_at += time.perf_counter() - began  # tokens_per_second is about training
         return output
 
+    @contextmanager
+    def _losses_by_pair(self) -> Iterator[None]:
+        """`EvalPrediction.losses` has one loss per pair, as its predictions have: transformers would repeat means of batches."""
+        given = self.compute_metrics
+        if given is not None and "loss" in self.args.include_for_metrics:
+            self.compute_metrics = partial(with_losses, given)
+        try:
+            yield
+        finally:
+            self.compute_metrics = given
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a line of training; evaluation brings its own means
-            means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
-            means = self._with_more(means, "train")
-            now = time.perf_counter()
-            self.num_tokens += tokens
-            ours = {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
-            # The loss is a mean over pairs, and there is none where no step was made.
-            logs = {name: value for name, value in (logs | ours).items() if name != "loss" or "loss" in means}
-            logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
-            self._logged_at = now
-            self.falling_chosen.look(means, self.state.global_step)
-        super().log(logs, start_time)
+        """A line of training has the means over all pairs since the last one. So has the line that ends the run, for the steps
+        after the last line; where the run was told to stop, the run that resumes it logs them.
+        """
+        of_training, ends_run = "loss" in logs, "train_runtime" in logs
+        ours = self._means_since_last_line() if of_training or (ends_run and not self.stopped_by_signal) else {}
+        if not of_training and not ours.get("tokens_per_second"):
+            super().log(logs, start_time)
+            return
+        # The loss is a mean over pairs, and there is none where no step was made.
+        line = {name: value for name, value in (logs | ours).items() if name != "loss" or "loss" in ours}
+        super().log(line, start_time)
+        logs |= {name: value for name, value in line.items() if name not in ours}
+
+    def _means_since_last_line(self) -> dict[str, float]:
+        """Every rank must call."""
+        means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
+        means = self._with_more(means, "train")
+        now = time.perf_counter()
+        self.num_tokens += tokens
+        self.falling_chosen.look(means, self.state.global_step)
+        ours = {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
+        self._logged_at = now
+        return ours | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 
     def _with_more(self, means: dict[str, float], split: str) -> dict[str, float]:
         """For a subclass: the means of a log line, and what else it shows. Called on all ranks."""
@@ -476,6 +517,9 @@ class DPOTrainer(DurableTrainer):
 
     def mark_step(self) -> Any:
         return self.metrics["train"].mark(), self.objective.shift.mark()
+
+    def begin_counting(self) -> None:
+        self.metrics["train"].clear()
 
     def undo_step(self, mark: Any) -> None:
         table, shift = mark

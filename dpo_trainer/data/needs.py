@@ -12,11 +12,13 @@ import numpy as np
 class Needs:
     """Checked after tokenization, also of rows that come from a cache.
 
-    `vocabulary_size`: token ids that the model has an embedding for; None: any.
+    `vocabulary_size`: token ids that every model of the run has an embedding for; None: any.
+    `smallest_model`: the model that has so many, and how to give it more.
     `unusable_margin`: why the losses cannot read a margin (None: a pair without one) and the way out, or None where they can.
     """
 
     vocabulary_size: int | None = None
+    smallest_model: tuple[str, str] = ("the model", "call model.resize_token_embeddings(len(tokenizer))")
     unusable_margin: Callable[[float | None], str | None] | None = None
 
     def check(
@@ -33,10 +35,10 @@ class Needs:
             beyond = keep & (largest_ids >= self.vocabulary_size)
             if beyond.any():
                 first = beyond.argmax()
+                model, way_out = self.smallest_model
                 raise ValueError(
-                    f"Row {numbers[first]} of {name} has the token id {largest_ids[first]}, and the model has "
-                    f"{self.vocabulary_size} embeddings. Take the tokenizer of the model, or call "
-                    "model.resize_token_embeddings(len(tokenizer))."
+                    f"Row {numbers[first]} of {name} has the token id {largest_ids[first]}, and {model} has "
+                    f"{self.vocabulary_size} embeddings. Take the tokenizer of the model, or {way_out}."
                 )
         if self.unusable_margin is not None:
             for of_row, used, number in zip(margins, keep, numbers, strict=True):
