@@ -40,6 +40,7 @@ from .data.sampling import BalancedSampler
 from .failures import StepWatch
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
+from .save_checks import warn_of_another_kind
 from .sharding import own_part
 
 logger = logging.get_logger(__name__)
@@ -259,6 +260,7 @@ class DurableTrainer(Trainer):
         if self.args.should_save:  # the arguments as text: a pickle can run code when it is read
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             (folder / "training_args.json").write_text(readable(self.args.to_dict()))
+            warn_of_another_kind(self.model, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -62,15 +62,33 @@ def check_saving(model: nn.Module, processing_class: Any, output_dir: str) -> No
 
 
 def _refuse_other_kind(model: nn.Module, folder: Path) -> None:
-    """What an earlier run left would be loaded together with, or instead of, what this one saves."""
-    whole = [folder / "model.safetensors", folder / "model.safetensors.index.json"]
-    adapter = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-    ours, stale = ("an adapter", whole) if isinstance(model, PeftModel) else ("a whole model", adapter)
-    if found := [path.name for path in stale if path.is_file()]:
+    if found := files_of_another_kind(model, folder):
         raise ValueError(
-            f"--output_dir {folder} holds {' and '.join(found)} of another run, and this run saves {ours}: the folder would load "
-            "as a mix of the two. Give another --output_dir, or move these files away."
+            f"--output_dir {folder} holds {' and '.join(found)} of another run, and this run saves {_kind(model)}: the folder would "
+            "load as a mix of the two. Give another --output_dir, or move these files away."
         )
+
+
+def warn_of_another_kind(model: nn.Module, folder: Path) -> None:
+    """After a save: say so, where the folder loads as a mix of what is new and what was there."""
+    if found := files_of_another_kind(model, folder):
+        logger.warning(
+            f"{folder} holds {_kind(model)} now, and {' and '.join(found)} of another run: it would load as a mix of the two. Move "
+            "these files away."
+        )
+
+
+def files_of_another_kind(model: nn.Module, folder: Path) -> list[str]:
+    """Names of files that an earlier run left, and that would be loaded together with, or instead of, what this one saves."""
+    whole, adapter = (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("adapter_config.json", "adapter_model.safetensors"),
+    )
+    return [name for name in (whole if isinstance(model, PeftModel) else adapter) if (folder / name).is_file()]
+
+
+def _kind(model: nn.Module) -> str:
+    return "an adapter" if isinstance(model, PeftModel) else "a whole model"
 
 
 def _save_all_but_weights(model: nn.Module, processing_class: Any, dry: str) -> None:

@@ -265,6 +265,15 @@ def test_a_folder_of_another_kind_of_run_is_refused(tmp_path):
     tiny.trainer(whole).save_model()
 
 
+def test_a_save_into_a_folder_of_another_kind_says_so(tmp_path, caplog):
+    tiny.trainer(tmp_path / "adapter", parts=lora()).save_model()
+    assert "of another run" not in caplog.text
+    tiny.trainer(tmp_path / "run").save_model(str(tmp_path / "adapter"))
+    assert (
+        "holds a whole model now, and adapter_config.json and adapter_model.safetensors of another run" in caplog.text
+    )
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file/run"):
