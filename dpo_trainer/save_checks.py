@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel, modeling_utils
+from transformers import AutoConfig, PreTrainedModel, modeling_utils
 from transformers.utils import logging
 
 from .checkpoints import savable_generation_config
+from .logprobs import base_model
 from .sharding import is_cut
 
 logger = logging.get_logger(__name__)
@@ -58,6 +61,8 @@ def check_saving(model: nn.Module, processing_class: Any, output_dir: str) -> No
             f"Nothing can be saved in --output_dir {output_dir} ({error}): mend that, or give another --output_dir."
         ) from error
     _refuse_unknown_ties(model)
+    if isinstance(model, PeftModel):
+        _refuse_lost_head(model)
     _warn_if_small(model, folder)
 
 
@@ -129,6 +134,31 @@ def _refuse_unknown_ties(model: nn.Module) -> None:
             f"The model could not be saved after training: {str(error).splitlines()[0]} Tie weights by the config "
             "(tie_word_embeddings), or give each its own memory (clone)."
         ) from error
+
+
+def _refuse_lost_head(model: PeftModel) -> None:
+    """peft (0.21) saves embeddings and head of a base that was resized, but with LoRA on the embeddings it leaves out the head."""
+    base = base_model(model)
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    kept = head is None or isinstance(head, AuxiliaryTrainingWrapper | BaseTunerLayer) or _tied(embeddings, head)
+    if kept or not isinstance(embeddings, BaseTunerLayer):
+        return
+    try:
+        published = AutoConfig.from_pretrained(base.config._name_or_path, local_files_only=True)
+    except (OSError, ValueError):  # a base that is in memory alone, or of code that is not loaded here
+        return
+    sizes = [config.get_text_config().vocab_size for config in (published, base.config)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The base was resized from {sizes[0]} to {sizes[1]} tokens, and the adapter has LoRA on its embeddings: peft would not save "
+            "the new rows of the head. Put the head into modules_to_save (--lora_modules_to_save lm_head), or leave the embeddings "
+            "out of target_modules."
+        )
+
+
+def _tied(embeddings: nn.Module, head: nn.Module) -> bool:
+    inner = embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings
+    return inner.weight is head.weight
 
 
 def _warn_if_small(model: nn.Module, folder: Path) -> None:

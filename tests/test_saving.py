@@ -295,6 +295,14 @@ def test_weights_that_share_memory_unknown_to_the_config_are_refused(tmp_path):
         tiny.trainer(tmp_path, model=model)
 
 
+def test_an_adapter_that_peft_would_save_without_its_head_is_refused(base, tmp_path):
+    on_embeddings = {"target_modules": ["embed_tokens", "q_proj"]}
+    with pytest.raises(ValueError, match=r"resized from 260 to 262 tokens.*--lora_modules_to_save lm_head"):
+        tiny.trainer(tmp_path, model=resized(base)["model"], parts=lora(**on_embeddings))
+    tiny.trainer(tmp_path, model=resized(base)["model"], parts=lora(**on_embeddings, modules_to_save=["lm_head"]))
+    tiny.trainer(tmp_path, model=load_model(str(base)), parts=lora(**on_embeddings))
+
+
 def test_the_dry_run_leaves_nothing_behind(tmp_path):
     made = tiny.trainer(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["data_report.json"]
