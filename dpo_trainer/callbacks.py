@@ -10,7 +10,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .checkpoints import tidy
-from .failures import Verdict, non_finite_error
+from .failures import Verdict, non_finite_error, precision_ways_out
 
 if TYPE_CHECKING:
     from .config import DPOConfig
@@ -46,7 +46,8 @@ class StepGuard(TrainerCallback):
             self._say_no_gradient(verdict, state.global_step + 1)
             return
         if args.nonfinite == "stop":
-            raise non_finite_error(verdict, state.global_step + 1)
+            skip = [] if trainer.is_deepspeed_enabled else ["leave such steps out with --nonfinite skip"]
+            raise non_finite_error(verdict, state.global_step + 1, [*precision_ways_out(args, trainer.model), *skip])
         self._leave_out(verdict, state.global_step + 1)
 
     def _say_no_gradient(self, verdict: Verdict, step: int) -> None:

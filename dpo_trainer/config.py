@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from . import config_checks as checks
 from .engine_checks import check_engine_files, check_launcher
 from .losses import check_loss_arguments, load_loss_module
+from .number_checks import check_numbers
 from .optimizer_checks import check_optimizer
 
 
@@ -403,6 +404,7 @@ class DPOConfig(TrainingArguments):
         checks.check_choices(self)
         check_loss_arguments(self)
         checks.check_bounds(self)
+        check_numbers(self)
         checks.check_lengths(self)
         checks.check_template_date(self)
         checks.check_moving_reference(self)

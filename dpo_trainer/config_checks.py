@@ -161,6 +161,10 @@ def check_against_trainer(config: DPOConfig) -> None:
             "use --label_smoothing."
         )
     on_gpu = config.device.type != "cpu"
+    if config.fp16 and not on_gpu:
+        raise ValueError(
+            "--fp16 true needs a GPU: on a CPU the run would compute in float32 and say float16. Leave it off, or take --bf16 true."
+        )
     for name in ("activation_offloading", "use_liger_kernel"):
         if getattr(config, name) and not on_gpu:
             raise ValueError(f"--{name} needs a GPU, and this run is on {config.device.type}: leave it off.")
@@ -188,6 +192,17 @@ def check_against_trainer(config: DPOConfig) -> None:
     if config.eval_use_gather_object:
         raise ValueError(
             "--eval_use_gather_object does nothing here: pairs are gathered by their number. Leave it off."
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(config, name):
+            raise ValueError(
+                f"--{name} rounds the weights of the model for good at an evaluate() before or after training, and does nothing while "
+                "it trains: leave it off. --bf16 true evaluates in bfloat16 too."
+            )
+    if config.label_names:
+        raise ValueError(
+            f"--label_names {config.label_names} would be ignored: pairs have no labels, and compute_metrics receives example ids in "
+            "their place. Leave it out."
         )
     for name in ("dispatch_batches", "split_batches"):
         if getattr(config.accelerator_config, name):

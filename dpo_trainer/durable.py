@@ -30,7 +30,9 @@ from .checkpoints import (
     fresh_aside,
     load_renamed,
     publish,
+    rescuing,
     retire,
+    savable_generation_config,
     saving,
     seal,
 )
@@ -38,6 +40,7 @@ from .data.sampling import BalancedSampler
 from .failures import StepWatch
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
+from .save_checks import warn_of_another_kind
 from .sharding import own_part
 
 logger = logging.get_logger(__name__)
@@ -81,6 +84,14 @@ class DurableTrainer(Trainer):
         """Take up what `run_state` returned."""
         return
 
+    def saved_as(self) -> contextlib.AbstractContextManager[None]:
+        """Around each save: the model as it shall be found in the folder."""
+        return contextlib.nullcontext()
+
+    def begin_counting(self) -> None:
+        """Forget what was counted since the last log line: an attempt to train begins, and a run that failed may have left it."""
+        return
+
     def mark_step(self) -> Any:
         """What `undo_step` returns to; nothing is copied off the device."""
         return None
@@ -101,6 +112,8 @@ class DurableTrainer(Trainer):
             lambda: checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, force=self.args.force_resume)
         )
         self.stop_asked = self.stopped_by_signal = self._attempted = False
+        self.watch.clear()
+        self.begin_counting()
         if self.model_init is None:
             self.know_run()
         with self._heeding_sigterm():
@@ -168,6 +181,7 @@ class DurableTrainer(Trainer):
             )
         self._attempted = True
         self.watch.clear()
+        self.begin_counting()
         super()._update_auto_batch_size(batch_size)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -232,11 +246,21 @@ class DurableTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self._aside is not None or not self.args.should_save:  # of a checkpoint, an earlier one is left
+            self._save_to(folder, state_dict)
+            return
+        with rescuing(folder, self.model, state_dict, lambda elsewhere: self._save_to(elsewhere, state_dict)):
+            self._save_to(folder, state_dict)
+
+    def _save_to(self, folder: Path, state_dict: dict | None) -> None:
+        given = None if state_dict is None else dict(state_dict)  # transformers takes out what it has written
+        with self.saved_as(), savable_generation_config(self.accelerator.unwrap_model(self.model)):
+            super()._save(str(folder), given)
         if self.args.should_save:  # the arguments as text: a pickle can run code when it is read
-            folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             (folder / "training_args.json").write_text(readable(self.args.to_dict()))
+            warn_of_another_kind(self.model, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

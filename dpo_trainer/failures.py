@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch import PairBatch
 from .metrics import StepParts
@@ -67,11 +67,28 @@ class StepWatch:
         return Verdict(int(pairs), gradients > 0, stops > 0, own, no_gradient=moves == 0)
 
 
-def non_finite_error(verdict: Verdict, step: int) -> FloatingPointError:
+def non_finite_error(verdict: Verdict, step: int, ways_out: Sequence[str] = ()) -> FloatingPointError:
+    """`ways_out`: what the options of the run leave to try, besides the rows and the learning rate."""
+    ways = ["Look at these rows", "lower the learning rate", *ways_out]
     return FloatingPointError(
-        f"{verdict.problem(step)}. The weights were not updated. Look at these rows, lower the learning rate, "
-        "train in float32 (--bf16 false), or leave such steps out with --nonfinite skip."
+        f"{verdict.problem(step)}. The weights were not updated. {', '.join(ways[:-1])}, or {ways[-1]}."
     )
+
+
+def precision_ways_out(args: Any, model: nn.Module) -> list[str]:
+    """What makes the numbers of a run wider, as far as they are narrow: mixed precision, and the weights that compute.
+
+    `args`: a `DPOConfig`.
+    """
+    ways = []
+    if args.bf16 or args.fp16:
+        ways.append(f"train in float32 (--{'bf16' if args.bf16 else 'fp16'} false)")
+    held = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() == 2}
+    if held:
+        ways.append(
+            f"load the weights, which are held in {str(min(held, key=str)).removeprefix('torch.')}, in float32 (--dtype float32)"
+        )
+    return ways
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import EvalPrediction
 from transformers.utils import logging
 
 from .batch import PairBatch, PairLogps, widest_float
@@ -85,7 +86,7 @@ def _aux_loss(parts: StepParts) -> Tensor:
 
 
 def per_pair(parts: StepParts) -> dict[str, Tensor]:
-    """What `compute_metrics` receives: [N] each."""
+    """What `compute_metrics` receives: [N] each. `losses` go into its `losses`, where --include_for_metrics asks for them."""
     of_reference = {
         f"ref_logps/{side}": torch.zeros_like(parts.losses)
         if parts.reference is None
@@ -98,8 +99,26 @@ def per_pair(parts: StepParts) -> dict[str, Tensor]:
         "logps/chosen": parts.policy.chosen,
         "logps/rejected": parts.policy.rejected,
         **of_reference,
+        "losses": parts.losses,
         "example_ids": parts.batch.example_ids,
     }
+
+
+def with_losses(compute: Callable[..., Any], prediction: EvalPrediction, **how: Any) -> Any:
+    """`compute` of the prediction, whose losses are those of `per_pair`: an array, or one per batch (--eval_do_concat_batches)."""
+    predictions: Any = prediction.predictions
+    if isinstance(predictions, dict):
+        losses: Any = predictions["losses"]
+        predictions = {name: values for name, values in predictions.items() if name != "losses"}
+    else:
+        losses = [batch["losses"] for batch in predictions]
+        predictions = [{name: values for name, values in batch.items() if name != "losses"} for batch in predictions]
+    return compute(
+        EvalPrediction(
+            predictions=predictions, label_ids=prediction.label_ids, inputs=prediction.inputs, losses=losses
+        ),
+        **how,
+    )
 
 
 def step_loss(losses: Tensor, weight: Tensor, weight_of_step: Tensor | None, ranks: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,10 @@ def write_model_card(
     card.save(folder / "README.md")
 
 
+OF_THE_RUN = re.compile("train_|total_flos$")
+"""Numbers of the whole run, which the line that ends it has beside those of its last steps."""
+
+
 def _last_lines(history: list[dict]) -> dict[str, dict[str, float]]:
     """The last line of training and the last of each evaluation, metrics only."""
     lines: dict[str, dict] = {
@@ -62,5 +67,7 @@ def _last_lines(history: list[dict]) -> dict[str, dict[str, float]]:
         "evaluation": next((line for line in reversed(history) if any(k.startswith("eval_") for k in line)), {}),
     }
     return {
-        name: {k: v for k, v in line.items() if isinstance(v, int | float)} for name, line in lines.items() if line
+        name: {k: v for k, v in line.items() if isinstance(v, int | float) and not OF_THE_RUN.match(k)}
+        for name, line in lines.items()
+        if line
     }

@@ -43,6 +43,7 @@ class RunData:
             prepared, reports = prepare_mixture(parts, self.tokenizer, self.options, name=name, needs=self.needs)
         if self.args.world_size > 1:
             refuse_different_tables(prepared, name)
+        refuse_weightless(prepared, name)
         self.reports.update(reports)
         return prepared
 
@@ -78,6 +79,16 @@ WHOLE = (
     "Give every process the whole dataset, without split_dataset_by_node or shard: here each takes its own share of it, and "
     "of a share it would take a share again."
 )
+
+
+def refuse_weightless(table: AnyDataset, name: str) -> None:
+    """ValueError where no row of a table counts. A stream is not read."""
+    if not isinstance(table, Dataset) or "weight" not in table.column_names or not len(table):
+        return
+    if table.with_format("numpy", columns=["weight"])["weight"][:].max() == 0:
+        raise ValueError(
+            f"Every row of the {name} data has the weight 0: give some rows another, or leave the column out."
+        )
 
 
 def refuse_split_streams(parts: Sequence[AnyDataset], name: str) -> None:

@@ -6,8 +6,8 @@ rows -> data/ -> PairBatch -> layout.py -> logprobs.py (policy), reference/ -> l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from transformers.utils import logging
 
 from .assembly import Given, assemble
 from .batch import PairBatch, micro_batches, pair_weight
+from .best_metric import check_best_metric
 from .callbacks import CheckReference, MoveReference
+from .checkpoints import GivenConfig
 from .config import DPOConfig
 from .config_checks import check_sampling
 from .data import (
@@ -47,7 +49,7 @@ from .loading.files import AnyDataset
 from .loading.given import Rows, is_rows
 from .logprobs import base_model
 from .losses import Objective
-from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
+from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss, with_losses
 from .micro_batches import (
     check_splits,
     even_parts,
@@ -66,8 +68,10 @@ from .reference_check import ReferenceCheck
 from .run_collator import check_budget, run_collator
 from .run_data import RunData
 from .run_identity import model_identity
+from .save_checks import check_saving, check_wrapping
 from .sharding import kept, whole
 from .template_date import settle_date
+from .vocabulary import check_pad_token, smallest_vocabulary, vocabulary_size
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +105,7 @@ class DPOTrainer(DurableTrainer):
 
     _tag_names = ("dpo_trainer", "dpo")
     _metrics = METRICS
+    compute_metrics: Callable | None
     trained_on = "preference pairs"
     """What the model card says of the data."""
 
@@ -137,13 +142,14 @@ class DPOTrainer(DurableTrainer):
         start = self.given.policy(model if model is not None else super().call_model_init())
         for given in (start, ref_model):
             if isinstance(given, nn.Module):
+                check_wrapping(given)
                 check_placement(given, args)
         if processing_class is None:
             named = model if isinstance(model, str) else base_model(start).config._name_or_path
             processing_class = load_processing_class(named, trust_remote_code=args.trust_remote_code)
         # Read before Trainer.__init__ sets them as well.
         self.args, self.processing_class = args, processing_class
-        self.pad_token_id = check_tokenizer(processing_class, _vocabulary_size(start))
+        self.pad_token_id = check_tokenizer(processing_class, vocabulary_size(start))
         self.template_date = settle_date(args, processing_class)
         self.tokenizer_can_be_saved = can_be_saved(processing_class)
         if not self.tokenizer_can_be_saved:
@@ -154,6 +160,9 @@ class DPOTrainer(DurableTrainer):
         model = self._assemble(start)
         if optimizers[0] is not None:
             check_given_optimizer(optimizers[0], model)
+        check_pad_token(self.pad_token_id, model, self.ref_model)
+        if args.should_save:
+            check_saving(model, processing_class if self.tokenizer_can_be_saved else None, args.output_dir)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
         if train_dataset is not None:
@@ -186,6 +195,8 @@ class DPOTrainer(DurableTrainer):
             optimizers=optimizers,
         )
         check_engine(self.accelerator)
+        if compute_metrics is None:
+            self._check_best_metric()
         self.model_init = model_init
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -196,6 +207,11 @@ class DPOTrainer(DurableTrainer):
             self.model.add_model_tags(list(self._tag_names))
         keep_outputs_exact(self.accelerator)
         self._place_reference()
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The second model in memory that is the reference, as it is placed; None where there is none."""
+        return next((model for _, model in self.reference.own), None)
 
     # --- the parts, built once ---
 
@@ -209,6 +225,7 @@ class DPOTrainer(DurableTrainer):
         self.reference.place(lambda model: prepare_frozen(model, self.accelerator, self.args))
 
     def _assemble(self, model: nn.Module) -> nn.Module:
+        self.given_config = GivenConfig(base_model(model))
         self.objective = Objective.from_config(self.args)
         parts = assemble(model, self.given, self.objective, self.pad_token_id, self.processing_class)
         self.scorer, self.reference, self.layout = parts.scorer, parts.reference, parts.layout
@@ -216,6 +233,11 @@ class DPOTrainer(DurableTrainer):
         check_splits(self.args, self.objective)
         self._models: dict[str, Any] = {}
         return parts.model
+
+    def _check_best_metric(self) -> None:
+        router = self.objective.router_weight > 0
+        names = [name for name in self._metrics if router or name != "aux_loss"]
+        check_best_metric(self.args, names, self.eval_dataset, self.callback_handler.callbacks)
 
     def _start_counting(self) -> None:
         has_router = self.objective.router_weight > 0
@@ -256,7 +278,7 @@ class DPOTrainer(DurableTrainer):
 
     def _needs(self, model: nn.Module) -> Needs:
         return Needs(
-            vocabulary_size=_vocabulary_size(model),
+            **smallest_vocabulary(model, self.ref_model),
             positions=self._positions(model),
             window=window_of(model),
             unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
@@ -273,7 +295,7 @@ class DPOTrainer(DurableTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer has just told the model's configs the tokenizer's pad token: one without an embedding would make a model
         that cannot be loaded."""
-        size, base = _vocabulary_size(self.model), base_model(self.model)
+        size, base = vocabulary_size(self.model), base_model(self.model)
         configs: list[Any] = [base.config.get_text_config(), getattr(base, "generation_config", None)]
         for config in configs:
             pad = getattr(config, "pad_token_id", None)
@@ -385,6 +407,8 @@ class DPOTrainer(DurableTrainer):
         if prediction_loss_only:
             return loss, None, None
         pairs = in_row_order(outputs, own, real)
+        if "loss" not in self.args.include_for_metrics:
+            del pairs["losses"]
         return loss, pairs, pairs.pop("example_ids")
 
     # --- numbers ---
@@ -396,7 +420,8 @@ class DPOTrainer(DurableTrainer):
         self.metrics["eval"].clear()
         self.gather_function = self._gather_pairs  # Trainer puts its own back after each loop
         # Data loaders draw a seed: a run that is evaluated more often must not draw other dropout.
-        with torch.random.fork_rng(devices=[]), evaluation(self.model, self.accelerator):
+        no_other_dropout = torch.random.fork_rng(devices=[])
+        with no_other_dropout, evaluation(self.model, self.accelerator), self._losses_by_pair():
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
@@ -406,19 +431,41 @@ class DPOTrainer(DurableTrainer):
         self._logged_at += time.perf_counter() - began  # tokens_per_second is about training
         return output
 
+    @contextmanager
+    def _losses_by_pair(self) -> Iterator[None]:
+        """`EvalPrediction.losses` has one loss per pair, as its predictions have: transformers would repeat means of batches."""
+        given = self.compute_metrics
+        if given is not None and "loss" in self.args.include_for_metrics:
+            self.compute_metrics = partial(with_losses, given)
+        try:
+            yield
+        finally:
+            self.compute_metrics = given
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a line of training; evaluation brings its own means
-            means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
-            means = self._with_more(means, "train")
-            now = time.perf_counter()
-            self.num_tokens += tokens
-            ours = {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
-            # The loss is a mean over pairs, and there is none where no step was made.
-            logs = {name: value for name, value in (logs | ours).items() if name != "loss" or "loss" in means}
-            logs |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
-            self._logged_at = now
-            self.falling_chosen.look(means, self.state.global_step)
-        super().log(logs, start_time)
+        """A line of training has the means over all pairs since the last one. So has the line that ends the run, for the steps
+        after the last line; where the run was told to stop, the run that resumes it logs them.
+        """
+        of_training, ends_run = "loss" in logs, "train_runtime" in logs
+        ours = self._means_since_last_line() if of_training or (ends_run and not self.stopped_by_signal) else {}
+        if not of_training and not ours.get("tokens_per_second"):
+            super().log(logs, start_time)
+            return
+        # The loss is a mean over pairs, and there is none where no step was made.
+        line = {name: value for name, value in (logs | ours).items() if name != "loss" or "loss" in ours}
+        super().log(line, start_time)
+        logs |= {name: value for name, value in line.items() if name not in ours}
+
+    def _means_since_last_line(self) -> dict[str, float]:
+        """Every rank must call."""
+        means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
+        means = self._with_more(means, "train")
+        now = time.perf_counter()
+        self.num_tokens += tokens
+        self.falling_chosen.look(means, self.state.global_step)
+        ours = {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
+        self._logged_at = now
+        return ours | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 
     def _with_more(self, means: dict[str, float], split: str) -> dict[str, float]:
         """For a subclass: the means of a log line, and what else it shows. Called on all ranks."""
@@ -517,6 +564,9 @@ class DPOTrainer(DurableTrainer):
     def mark_step(self) -> Any:
         return self.metrics["train"].mark(), self.objective.shift.mark()
 
+    def begin_counting(self) -> None:
+        self.metrics["train"].clear()
+
     def undo_step(self, mark: Any) -> None:
         table, shift = mark
         self.metrics["train"].back_to(table)
@@ -531,6 +581,9 @@ class DPOTrainer(DurableTrainer):
         finally:
             self.processing_class = own
 
+    def saved_as(self) -> AbstractContextManager[None]:
+        return self.given_config.restored()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
@@ -540,8 +593,3 @@ class DPOTrainer(DurableTrainer):
         """Called by `push_to_hub` with what the user says there: our card, with the loss, the data and the metrics."""
         if self.is_world_process_zero():
             write_model_card(self, Path(self.args.output_dir), **fields)
-
-
-def _vocabulary_size(model: nn.Module) -> int | None:
-    """Token ids that the model has an embedding for; None where it does not say."""
-    return getattr(base_model(model).get_input_embeddings(), "num_embeddings", None)

@@ -242,6 +242,43 @@ REFUSALS = [
         "--max_tokens_per_micro_batch 99 computes a batch in parts",
         "--include_for_metrics",
     ),
+    (
+        {"gradient_accumulation_steps": 0},
+        "--gradient_accumulation_steps must be a whole number of at least 1",
+        "got 0",
+    ),
+    ({"gradient_accumulation_steps": 1.5}, "--gradient_accumulation_steps must be a whole number", "got 1.5"),
+    (
+        {"per_device_train_batch_size": 0},
+        "--per_device_train_batch_size must be a whole number of at least 1",
+        "got 0",
+    ),
+    (
+        {"per_device_eval_batch_size": -1},
+        "--per_device_eval_batch_size must be a whole number of at least 1",
+        "got -1",
+    ),
+    ({"eval_accumulation_steps": 0}, "--eval_accumulation_steps must be a whole number of at least 1", "None (all"),
+    ({"save_total_limit": 0}, "--save_total_limit must be a whole number of at least 1, or None (keep all)", "got 0"),
+    ({"max_steps": 0}, "--max_steps must be a whole number of at least 1, or -1", "got 0"),
+    ({"num_train_epochs": 0}, "--num_train_epochs must be a number above 0", "got 0"),
+    ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be a whole number of at least 0", "got -1"),
+    ({"learning_rate": -1.0}, "--learning_rate must be a number of at least 0", "got -1.0"),
+    ({"learning_rate": float("nan")}, "--learning_rate must be a number of at least 0", "got nan"),
+    ({"weight_decay": -0.1}, "--weight_decay must be a number of at least 0", "got -0.1"),
+    ({"max_grad_norm": -1.0}, "--max_grad_norm must be a number of at least 0", "got -1.0"),
+    ({"adam_beta1": 1.0}, "--adam_beta1 must be a number of at least 0 and below 1", "got 1.0"),
+    ({"logging_steps": -1}, "--logging_steps must be a number above 0, got -1", "--logging_strategy no"),
+    ({"save_steps": 0}, "--save_steps must be a number above 0, got 0", "--save_strategy no"),
+    (
+        {"eval_steps": -1, "eval_strategy": "steps"},
+        "--eval_steps must be a number of at least 0",
+        "--eval_strategy no",
+    ),
+    ({"neftune_noise_alpha": -1.0}, "--neftune_noise_alpha must be a number of at least 0, or None", "no noise"),
+    ({"fp16": True}, "--fp16 true needs a GPU", "--bf16 true"),
+    ({"bf16_full_eval": True}, "--bf16_full_eval", "--bf16 true"),
+    ({"label_names": ["mine"]}, "--label_names ['mine'] would be ignored", "compute_metrics"),
     ({"max_length": 9, "max_prompt_length": 9}, "--max_prompt_length 9 leaves no room", "raise --max_length"),
     ({"truncation_mode": "keep_middle"}, "--truncation_mode 'keep_middle' is not one of keep_start, keep_end", "keep"),
     ({"too_long": "cut"}, "--too_long 'cut' is not one of truncate, drop, error", "drop"),
@@ -289,6 +326,9 @@ def test_what_is_refused_alone_is_allowed_where_it_is_used():
     make(use_weighting=True, wpo_clamp=True)
     make(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3)
     make(max_length=9, max_prompt_length=8)
+    make(max_steps=-1, num_train_epochs=0.5, logging_steps=0.1, weight_decay=0, max_grad_norm=0, adam_beta1=0)
+    make(save_strategy="no", save_steps=0, logging_strategy="epoch", logging_steps=0, max_steps=3, num_train_epochs=0)
+    make(eval_strategy="steps", eval_steps=0, save_total_limit=1, eval_accumulation_steps=1)
     make(max_length=None, max_prompt_length=4000)
     make(sync_ref_model=True, ref_model_mixup_alpha=1.0, ref_model_sync_steps=1)
     make(sync_ref_model=True, use_separate_reference_adapter=True)

@@ -19,7 +19,14 @@ from dpo_trainer import register_loss
 from dpo_trainer.batch import PairBatch, PairLogps
 from dpo_trainer.data.collate import flat_inputs, padded_inputs
 from dpo_trainer.durable import STOPPED_BY_SIGNAL
-from dpo_trainer.failures import MemoryAdvice, StepWatch, largest_row, non_finite_error, out_of_memory_message
+from dpo_trainer.failures import (
+    MemoryAdvice,
+    StepWatch,
+    largest_row,
+    non_finite_error,
+    out_of_memory_message,
+    precision_ways_out,
+)
 
 BAD = 9  # the row with a long chosen completion
 ROWS = tiny.rows(12)
@@ -109,10 +116,29 @@ def test_the_watch_is_silent_about_finite_numbers_and_forgets():
     found = verdict(watch)
     assert not found.finite
     assert found.ids == [6]
-    with pytest.raises(FloatingPointError, match=r"step 2 .*example_ids \[6\].*not updated.*learning rate.*skip"):
-        raise non_finite_error(found, 2)
+    with pytest.raises(
+        FloatingPointError, match=r"step 2 .*example_ids \[6\].*not updated.*learning rate, or do that\."
+    ):
+        raise non_finite_error(found, 2, ["do that"])
     watch.watch(watched([5], [1.0]))
     assert verdict(watch).finite, "forgotten"
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "ways"),
+    [
+        ({}, torch.float32, []),
+        ({"bf16": True}, torch.float32, ["--bf16 false"]),
+        ({}, torch.float16, ["held in float16, in float32 (--dtype float32)"]),
+        ({"bf16": True}, torch.bfloat16, ["--bf16 false", "held in bfloat16, in float32"]),
+    ],
+    ids=str,
+)
+def test_the_way_to_wider_numbers_is_one_that_the_run_has(options, dtype, ways, tmp_path):
+    found = precision_ways_out(tiny.config(tmp_path, **options), tiny.llama().to(dtype))
+    assert len(found) == len(ways)
+    for said, way in zip(found, ways, strict=True):
+        assert way in said.replace("which are ", "")
 
 
 def test_the_watch_names_a_row_of_several_pairs_once():

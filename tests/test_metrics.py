@@ -19,9 +19,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import EarlyStoppingCallback, TrainerCallback
 from two_processes import torchrun
 
-from dpo_trainer import register_loss
+from dpo_trainer import DPOTrainer, register_loss
 from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
 from dpo_trainer.fillers import unweigh_fillers
 from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
@@ -286,6 +287,97 @@ def test_lines_survive_resume(logging_steps, tmp_path):
     assert [{name: line[name] for name in kept} for line in tiny.log_lines(resumed)] == want
 
 
+# --- the last steps of a run ---
+
+
+def mean_of(lines: list[dict[str, float]], name: str) -> float:
+    """Of lines of one step each: every step has 4 pairs, so that the mean over pairs is the mean of means."""
+    return float(np.mean([line[name] for line in lines]))
+
+
+def assert_means(line: dict[str, float], of: list[dict[str, float]]) -> None:
+    for name in ("loss", "rewards/margins", "logps/chosen", "nll_loss"):
+        assert line[name] == pytest.approx(mean_of(of, name), rel=1e-6), name
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run after `step`; with the trainer, as SIGTERM does."""
+
+    def __init__(self, step: int, trainer: DPOTrainer | None = None):
+        self.step, self.trainer = step, trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is not None and state.global_step + 1 == self.step:
+            self.trainer.stop_asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.trainer is None and state.global_step == self.step
+
+
+@pytest.mark.parametrize("logging_steps", [10, 3, 2], ids=["no line before", "one line before", "nothing left"])
+def test_the_line_that_ends_a_run_has_the_steps_after_the_last_line(logging_steps, tmp_path):
+    fine = tiny.log_lines(tiny.trained(tmp_path))
+    made = tiny.trainer(tmp_path, logging_steps=logging_steps)
+    result = made.train()
+    *lines, last = made.state.log_history
+    left = fine[len(lines) * logging_steps :]
+    assert last["train_loss"] == pytest.approx(mean_of(fine, "loss"), rel=1e-5)
+    assert result.metrics["epoch"] == last["epoch"] > 0
+    assert ("loss" in last) == bool(left)
+    assert "rewards/margins" not in result.metrics
+    if left:
+        assert_means(last, left)
+        assert last["num_tokens"] == fine[-1]["num_tokens"]
+
+
+def test_a_run_that_is_ended_early_logs_its_last_steps(tmp_path):
+    fine = tiny.log_lines(tiny.trained(tmp_path))
+    made = tiny.trained(tmp_path, logging_steps=2, parts={"callbacks": [StopAfter(3)]})
+    assert_means(made.state.log_history[-1], fine[2:3])
+
+
+def test_a_run_that_was_told_to_stop_leaves_its_last_steps_to_the_next(tmp_path):
+    fine = tiny.log_lines(tiny.trained(tmp_path))
+    how = {"logging_steps": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 50}
+    stopped = tiny.trainer(tmp_path, **how)
+    stopped.add_callback(StopAfter(3, stopped))
+    stopped.train()
+    assert stopped.stopped_by_signal
+    assert "loss" not in stopped.state.log_history[-1]
+    resumed = tiny.trainer(tmp_path, **how)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    first, second = tiny.log_lines(resumed)
+    assert_means(first, fine[:2])
+    assert_means(second, fine[2:])
+
+
+def test_a_run_that_failed_leaves_nothing_to_the_next(tmp_path):
+    made = tiny.trainer(tmp_path, logging_steps=10)
+    step = made.training_step
+
+    def fails_at_the_third(*args: Any, **kwargs: Any) -> Tensor:
+        if made.state.global_step == 2:
+            raise RuntimeError("out of luck")
+        return step(*args, **kwargs)
+
+    made.training_step = fails_at_the_third
+    with pytest.raises(RuntimeError, match="out of luck"):
+        made.train()
+    made.training_step = step
+    made.train()
+    assert made.state.log_history[-1]["num_tokens"] == tiny.trained(tmp_path).num_tokens
+
+
+def test_ref_model_is_the_second_model_where_there_is_one(tmp_path):
+    made = tiny.trained(tmp_path, max_steps=1)
+    assert made.ref_model is not made.model
+    tiny.assert_same_weights(tiny.weights(made.ref_model), tiny.weights(tiny.llama()))
+    given = tiny.llama(seed=5)
+    assert tiny.trainer(tmp_path, parts={"ref_model": given}).ref_model is given
+    for parts, options in (({"peft_config": tiny.lora()}, {}), ({}, {"loss_type": "simpo"})):
+        assert tiny.trainer(tmp_path, parts=parts, **options).ref_model is None
+
+
 def test_compute_metrics_receives_pairs(tmp_path):
     """Documented keys, one number per row, in the order of the rows, and the numbers of the scorer."""
     seen: list[Any] = []
@@ -315,6 +407,72 @@ def test_compute_metrics_receives_pairs(tmp_path):
         np.testing.assert_allclose(got["rewards"], 0.1 * (got["logps"] - got["ref_logps"]), rtol=0, atol=1e-5)
     accuracy = (prediction.predictions["rewards/chosen"] > prediction.predictions["rewards/rejected"]).mean()
     assert metrics["eval_rewards/accuracies"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("how", [{}, {"eval_do_concat_batches": False}, {"batch_eval_metrics": True}], ids=str)
+def test_losses_for_compute_metrics_are_one_per_pair(how, tmp_path):
+    """transformers would hand over as many as the batch has rows, of the last, smaller batch too."""
+    seen: list[Any] = []
+
+    def compute_metrics(prediction, compute_result: bool = True) -> dict[str, float]:
+        seen.append(prediction)
+        return {"mine": 7.0}
+
+    parts = {"compute_metrics": compute_metrics, "ref_model": tiny.llama(seed=5)}
+    trainer = tiny.trainer(tmp_path, parts=parts, include_for_metrics=["loss"], **how)
+    metrics = trainer.evaluate(tiny.dataset(7, seed=3))
+    batches = [
+        p for one in seen for p in (one.predictions if isinstance(one.predictions, list) else [one.predictions])
+    ]
+    losses = [
+        np.atleast_1d(each) for one in seen for each in (one.losses if isinstance(one.losses, list) else [one.losses])
+    ]
+    assert [len(each) for each in losses] == [len(batch["rewards/chosen"]) for batch in batches]
+    assert not any("losses" in batch for batch in batches)
+    each, margins = (
+        np.concatenate(losses),
+        np.concatenate([b["rewards/chosen"] - b["rewards/rejected"] for b in batches]),
+    )
+    np.testing.assert_allclose(each, np.log1p(np.exp(-margins)), rtol=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(each.mean())
+    assert trainer.compute_metrics is compute_metrics
+
+
+# --- the metric that decides which model is best ---
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+def deciding(folder: Path, name: str | None, several: bool = False, **parts: Any) -> DPOTrainer:
+    rows = tiny.dataset(4, seed=1)
+    parts["eval_dataset"] = {"easy": rows, "hard": rows} if several else rows
+    return tiny.trainer(folder, parts=parts, metric_for_best_model=name, **EVALUATED)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss", "rewards/margins", "eval_runtime"])
+def test_metrics_of_an_evaluation_may_decide(name, tmp_path):
+    deciding(tmp_path, name).train()
+    deciding(tmp_path, f"eval_hard_{name.removeprefix('eval_')}", several=True).train()
+
+
+def test_a_metric_that_no_evaluation_logs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--metric_for_best_model rewards/margin .*Did you mean 'rewards/margins'"):
+        deciding(tmp_path, "rewards/margin")
+    with pytest.raises(ValueError, match=r"--metric_for_best_model aux_loss is no metric"):
+        deciding(tmp_path, "aux_loss")
+    with pytest.raises(ValueError, match=r"eval_loss is no metric .*Each evaluation dataset has its own: easy_loss"):
+        deciding(tmp_path, "eval_loss", several=True)
+
+
+def test_a_metric_of_ones_own_may_decide(tmp_path):
+    class Adds(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            metrics["eval_mine"] = 1.0
+
+    deciding(tmp_path, "mine", compute_metrics=lambda prediction: {"mine": 7.0}).train()
+    deciding(tmp_path, "eval_mine", callbacks=[Adds()]).train()
+    with pytest.raises(ValueError, match="is no metric of an evaluation"):
+        deciding(tmp_path, "mine", callbacks=[EarlyStoppingCallback()])
 
 
 # --- rows of several pairs ---

@@ -562,6 +562,13 @@ def test_bad_rows_are_refused_by_name(row, said):
     assert all(part in message for part in ["Row 7 of train", *said]), message
 
 
+@pytest.mark.parametrize("weight", [1e38, 2e30, 1e-31, 1e-45])
+def test_weights_whose_sums_do_not_fit_into_float32_are_refused(weight):
+    assert weight_from_row({"weight": 1e30}, "Row 7") == 1e30
+    with pytest.raises(ValueError, match=r"Row 7.*'weight'.*float32. Give 0 or a number from 1e-30 to 1e\+30"):
+        weight_from_row({"weight": weight}, "Row 7")
+
+
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1", True, 10**400])
 def test_bad_weights_are_refused(weight):
     with pytest.raises(ValueError, match=r"Row 7.*'weight'.*Give a finite number"):

@@ -11,6 +11,7 @@ A kill at any moment leaves the folder under its name complete, or absent, or co
 
 from __future__ import annotations
 
+from .as_given import GivenConfig, savable_generation_config
 from .folders import (
     ASIDE,
     checked_checkpoint,
@@ -24,6 +25,7 @@ from .folders import (
     tidy,
 )
 from .manifest import MANIFEST, broken_file, seal
+from .rescue import rescuing
 from .saving import CheckpointError, saving
 from .weights import load_renamed
 
@@ -31,6 +33,7 @@ __all__ = [
     "ASIDE",
     "MANIFEST",
     "CheckpointError",
+    "GivenConfig",
     "broken_file",
     "checked_checkpoint",
     "checkpoint_to_resume",
@@ -40,7 +43,9 @@ __all__ = [
     "numbered",
     "publish",
     "recover",
+    "rescuing",
     "retire",
+    "savable_generation_config",
     "saving",
     "seal",
     "tidy",

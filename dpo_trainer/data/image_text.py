@@ -19,6 +19,7 @@ from typing import Any
 
 import transformers
 from PIL import Image
+from transformers import ProcessorMixin
 
 from ..batch import Message
 from .encode import text_tokenizer
@@ -58,11 +59,19 @@ class ImageText:
     access: ImageAccess
 
     def __post_init__(self):
-        if not hasattr(self.processor, "replace_image_token") or getattr(self.processor, "image_token", None) is None:
+        name, own = type(self.processor).__name__, getattr(type(self.processor), "replace_image_token", None)
+        if own in (None, ProcessorMixin.replace_image_token) or getattr(self.processor, "image_token", None) is None:
             raise ValueError(
-                f"{type(self.processor).__name__} does not say how it writes images into text (image_token, "
-                "replace_image_token): update transformers, or use a model whose processor does."
+                f"{name} does not say how it writes images into text (image_token, replace_image_token), and so its models cannot be "
+                "trained here: update transformers, or use a model whose processor does, such as Idefics3 or Qwen3-VL."
             )
+        try:
+            assert self.image_ids
+        except Exception as error:  # whatever a processor does instead of what others do
+            raise ValueError(
+                f"{name} does not write an image into text as other processors do ({type(error).__name__}: {error}), and so its models "
+                "cannot be trained here: update transformers, or use a model with another processor, such as Qwen3-VL."
+            ) from error
 
     @classmethod
     def of(cls, processing_class: Any, access: ImageAccess) -> ImageText | None:

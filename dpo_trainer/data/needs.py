@@ -15,13 +15,15 @@ logger = logging.getLogger(__name__)
 class Needs:
     """Checked after tokenization, also of rows that come from a cache.
 
-    `vocabulary_size`: token ids that the model has an embedding for; None: any.
+    `vocabulary_size`: token ids that every model of the run has an embedding for; None: any.
+    `smallest_model`: the model that has so many, and how to give it more.
     `positions`: tokens of prompt + completion that the model has positions for; None: any number.
     `window`: tokens that it was made for, beyond which there is a warning; None: it does not say.
     `unusable_margin`: why the losses cannot read a margin (None: a pair without one) and the way out, or None where they can.
     """
 
     vocabulary_size: int | None = None
+    smallest_model: tuple[str, str] = ("the model", "call model.resize_token_embeddings(len(tokenizer))")
     positions: int | None = None
     window: int | None = None
     unusable_margin: Callable[[float | None], str | None] | None = None
@@ -41,10 +43,10 @@ class Needs:
             beyond = keep & (largest_ids >= self.vocabulary_size)
             if beyond.any():
                 first = beyond.argmax()
+                model, way_out = self.smallest_model
                 raise ValueError(
-                    f"Row {numbers[first]} of {name} has the token id {largest_ids[first]}, and the model has "
-                    f"{self.vocabulary_size} embeddings. Take the tokenizer of the model, or call "
-                    "model.resize_token_embeddings(len(tokenizer))."
+                    f"Row {numbers[first]} of {name} has the token id {largest_ids[first]}, and {model} has "
+                    f"{self.vocabulary_size} embeddings. Take the tokenizer of the model, or {way_out}."
                 )
         if self.positions is not None and (beyond := keep & (longest > self.positions)).any():
             first = beyond.argmax()

@@ -31,6 +31,9 @@ from .messages import without_none
 from .parts import Parts, find_parts, is_ranked
 from .ranking import is_number
 
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
+"""Of a row that counts. float32 goes from 1e-38 to 3e38: room for sums over many rows, and for their products with losses."""
+
 SERIALIZED = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 
 
@@ -78,6 +81,11 @@ def weight_from_row(row: Mapping[str, Any], where: str) -> float:
         return 1.0
     if not is_number(weight) or weight < 0:
         raise bad(where, "weight", f"is {weight!r}", "Give a finite number of at least 0, or None for 1.0")
+    if weight and not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:
+        wanted = (
+            f"Give 0 or a number from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}: only the ratio between weights counts"
+        )
+        raise bad(where, "weight", f"is {weight!r}, and sums of such weights do not fit into float32", wanted)
     return float(weight)
 
 

@@ -29,6 +29,7 @@ from ..registry import did_you_mean
 from ..versions import raise_conflict_behind
 from .adapters import compute_as_in_training, prepare_base
 from .names import fetch, listing, local_folder, where
+from .resized import fit_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -80,7 +81,15 @@ def load_model(
     except ValueError as error:
         raise ValueError(f"The base model of the adapter {name_or_path!r} did not load: {error}") from error
     prepare_base(base, quantized=bool(getattr(base, "is_quantized", False)), gradient_checkpointing=True)
-    return PeftModel.from_pretrained(base, where(name_or_path), is_trainable=True, revision=revision)
+    fit_embeddings(base, Path(str(fetch(name_or_path, "adapter_model.safetensors", revision))))
+    try:
+        return PeftModel.from_pretrained(base, where(name_or_path), is_trainable=True, revision=revision)
+    except RuntimeError as error:  # what load_state_dict raises: a line for each weight
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise ValueError(
+            f"The adapter {name_or_path!r} does not fit its base {adapter.base_model_name_or_path!r} ({first}). Name the base that it "
+            "was trained on as base_model_name_or_path in its adapter_config.json."
+        ) from error
 
 
 def load_tokenizer(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,10 +23,12 @@ from ..batch import Text, micro_batches
 from ..data.dates import dated
 from ..data.stream import FILLER_ID
 from ..data.tokenize import tokenize_prompts
+from ..failures import MemoryAdvice
 from ..fillers import unweigh_fillers
 from ..loading.given import Rows
 from ..positions import table_of_positions, window_of
 from ..trainer import DPOTrainer
+from ..vocabulary import refuse_smaller_reference
 from .choose import check_sampler, choose_feedback, choose_generator
 from .config import OnlineDPOConfig
 from .feedback import Feedback, FeedbackUnavailable
@@ -135,8 +138,15 @@ class OnlineDPOTrainer(DPOTrainer):
             window=window,
             wait=lambda: self.accelerator.wait_for_everyone(),
         )
+        refuse_smaller_reference(model, self.ref_model, self.processing_class)
         tokenizer = dated(self.processing_class, self.template_date)
         return PromptData(self.args, tokenizer, window, vocabulary_size=self._needs(model).vocabulary_size)
+
+    def _memory_advice(self) -> MemoryAdvice:
+        return replace(super()._memory_advice(), second_model=False)  # its log-probs cannot be computed ahead
+
+    def _check_best_metric(self) -> None:
+        """Which metrics there are depends on the answers, and on who compares them."""
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
         """Before anything is sampled: of the longest completions that there can be."""

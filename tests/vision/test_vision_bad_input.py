@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tiny
+import transformers
 import zoo
 from datasets import Dataset, Image, IterableDataset, List, Video
 
@@ -382,3 +383,26 @@ def test_images_of_other_modes_are_rgb(mode):
     if mode in ("L", "I;16", "I", "F"):  # the same grey levels, however they are written
         want = processor.image_processor(images=[PICTURE.convert("L").convert("RGB")], return_tensors="pt")
         assert (batch.inputs["pixel_values"] - want["pixel_values"]).abs().max() < 1e-6
+
+
+# --- processors ---
+
+
+def idefics2() -> Any:
+    """Its processor writes images by itself, and says nothing of where."""
+    words = zoo.tokenizer(pad="<pad>", eos="</s>", others=["<image>", "<fake_token_around_image>"])
+    return transformers.Idefics2Processor(transformers.Idefics2ImageProcessorPil(), words, image_seq_len=4)
+
+
+def test_a_processor_that_does_not_say_where_images_stand_is_refused_by_name(tmp_path):
+    model, processor = zoo.ZOO["qwen2_vl"]()
+    with pytest.raises(ValueError, match=r"Idefics2Processor does not say how it writes images into text.*Idefics3"):
+        tiny.trainer(tmp_path, model=model, parts={"processing_class": idefics2()})
+
+    class Quiet(type(processor)):  # type: ignore[misc]
+        def __call__(self, *args: Any, return_text_replacement_offsets: bool = False, **how: Any) -> Any:
+            return super().__call__(*args, **how)
+
+    processor.__class__ = Quiet
+    with pytest.raises(ValueError, match=r"Quiet does not write an image into text as other processors do \(KeyError"):
+        tiny.trainer(tmp_path, model=model, parts={"processing_class": processor})
