@@ -69,7 +69,7 @@ def tell_text(prompt: str, completions: Sequence[str], pairs: list, *, bos: bool
         wholes=[[*first, *said(prompt + completion), EOS] for completion in completions],
         texts=["<bos>" * bos + prompt + completion + "<eos>" for completion in completions],
         blank=[not completion.strip() for completion in completions],
-        control=any(map(has_control, [prompt, *completions])),
+        control=any(has_control(prompt + completion) for completion in completions),  # as one text: "<e" + "os>"
         scored=[None] * len(completions),
         pairs=pairs,
     )

@@ -119,7 +119,7 @@ def test_a_path_with_several_splits(tmp_path):
         ("no/such.jsonl", r"no dataset file or folder 'no/such\.jsonl'"),
         ([{"question": "q", "chosen": "a", "rejected": "b"}], r"--columns prompt=question"),
     ],
-    ids=str,
+    ids=["splits", "columns", "no rows", "empty frame", "numbers", "mixed", "iterator", "no file", "other columns"],
 )
 def test_what_is_no_dataset_is_refused_with_what_would_do(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
