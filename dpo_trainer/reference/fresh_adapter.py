@@ -20,7 +20,7 @@ def begins_at_zero(model: PeftModel, adapter: str) -> bool:
     """Whether the layers of `adapter`, which is active, compute what their base layers do.
 
     Some ways to initialise LoRA (PiSSA, OLoRA) take out of the base weight what they put into the adapter: the base alone
-    is then no model that anybody trained. Other kinds begin at random numbers, as soft prompts do.
+    is then not a trained model. Other kinds begin at random numbers, as soft prompts do.
     """
     config = model.peft_config[adapter]
     if config.is_prompt_learning:
