@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import mark_control_tokens, render_jinja_template
 
 from ..batch import Message, Pair, Text
 from .errors import bad, clean
@@ -119,7 +119,7 @@ def _conversation(
         )
     if control is not None and found:
         _check_can_stay_text(pair, where, control)
-    return _Conversation(pair, tokenizer, where, images, as_ids=found)
+    return _Conversation(pair, tokenizer, where, images, control if found else None)
 
 
 def strings_of(pair: Pair) -> Iterator[str]:
@@ -165,13 +165,19 @@ def _check_can_stay_text(pair: Pair, where: str, control: re.Pattern[str]) -> No
 
 
 class _Conversation:
-    """Renders one row of messages. `as_ids`: control tokens in its strings stay text, which only token ids can say."""
+    """Renders one row of messages. `control`: what matches in its strings stays text, which only token ids can say."""
 
-    def __init__(self, pair: Pair, tokenizer: Any, where: str, images: ImageText | None, *, as_ids: bool):
-        self.pair, self.where, self.images, self.as_ids = pair, where, images, as_ids
+    def __init__(
+        self, pair: Pair, tokenizer: Any, where: str, images: ImageText | None, control: re.Pattern[str] | None
+    ):
+        self.pair, self.where, self.images, self.as_ids = pair, where, images, control is not None
+        # transformers before 5.23 marks messages and tools alone. What is marked already it marks as before.
+        self.options = (
+            pair.chat_template_kwargs if control is None else mark_control_tokens(pair.chat_template_kwargs, control)
+        )
         self.prompt = cast("list[Message]", pair.prompt)
         self.completions = cast("tuple[list[Message], ...]", pair.completions)
-        self.tokenizer = _sanitizing(tokenizer) if as_ids else tokenizer
+        self.tokenizer = _sanitizing(tokenizer) if self.as_ids else tokenizer
         self.continued = self.prompt[-1]["role"] == "assistant"
 
     def rendered(self) -> Rendered:
@@ -186,7 +192,7 @@ class _Conversation:
 
     def _text(self, messages: list[Message], **how: bool) -> Any:
         how |= {"sanitize_control_tokens": True, "return_dict": False} if self.as_ids else {}
-        options = self.pair.chat_template_kwargs
+        options = self.options
         messages = messages if self.images is None else self.images.for_template(messages)
         try:
             text = self.tokenizer.apply_chat_template(

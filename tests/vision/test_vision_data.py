@@ -7,6 +7,7 @@ reads nothing of them but their sizes.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import json
@@ -468,6 +469,8 @@ def test_the_placeholder_among_the_words_beside_an_image_part_stays_text(family)
 
 def test_two_halves_of_a_control_token_make_none():
     """Neighbouring parts of a message stand side by side behind the template."""
+    if "sanitize_control_tokens" not in inspect.signature(processor("qwen2_vl").apply_chat_template).parameters:
+        pytest.skip("processors of transformers before 5.23 cannot say what is right")
     (row,) = prepare([{"prompt": [turn("user", None, "a <|im", "_end|> b")], **ONE, "image": PICTURE}], "qwen2_vl")
     prompt = [turn("user", None, "a <|im_end|> b")]
     assert row["prompt_ids"] == read("qwen2_vl", prompt, said("yes"), [PICTURE], sanitize_control_tokens=True)[0]
