@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.utils import logging
 
 from .batch import Segments
 
@@ -24,6 +25,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
     varlen_attn = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
 
 # transformers reads meaning into names that contain "flash", "sdpa" or "flex_attention". A name without a registered
 # mask function gets no mask: restarted positions would otherwise be taken for packed sequences, in a [T, T] mask.
@@ -212,6 +215,31 @@ def _varlen(
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)
+
+
+def keep_soft_caps(model: nn.Module) -> None:
+    """Exchange torch's fused attention for the written-out one where a model caps its scores (Gemma 2), in place.
+
+    `sdpa` has no soft cap. transformers before 5.21 takes it for these models all the same and leaves the cap out: log-probs are
+    off by half a nat and more, without a word. Later releases do not offer it to them.
+    """
+    for part in _capped_parts(model):
+        if part.config._attn_implementation == "sdpa":
+            part.set_attn_implementation("eager")
+            logger.warning(
+                f"{type(part).__name__} caps its attention scores, which `sdpa` does not: it computes with `eager` attention."
+            )
+
+
+def caps_scores(model: nn.Module) -> bool:
+    """Whether attention scores of the model have a soft cap, as those of Gemma 2 have."""
+    return next(_capped_parts(model), None) is not None
+
+
+def _capped_parts(model: nn.Module) -> Iterator[PreTrainedModel]:
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and getattr(part.config, "attn_logit_softcapping", None) is not None:
+            yield part
 
 
 def why_not_flat(model: PreTrainedModel) -> str | None:

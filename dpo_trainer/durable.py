@@ -28,6 +28,7 @@ from .checkpoints import (
     ASIDE,
     checkpoint_to_resume,
     fresh_aside,
+    load_default_adapter,
     load_renamed,
     publish,
     rescuing,
@@ -273,6 +274,8 @@ class DurableTrainer(Trainer):
         with naming(resume_from_checkpoint, f"its weights ({', '.join(files)})"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self._load_renamed(resume_from_checkpoint)
+            if not self.is_fsdp_enabled:
+                load_default_adapter(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

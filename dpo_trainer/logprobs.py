@@ -19,7 +19,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import SharedPromptAttention
+from .attention import SharedPromptAttention, keep_soft_caps
 from .batch import PairBatch, PairLogps, TokenLogps
 from .head import Head, score_chunks, scoring_head, stats_of
 
@@ -60,6 +60,7 @@ class Scorer:
 
     def __init__(self, model: nn.Module, *, stats: frozenset[str] = frozenset(), router_loss: bool = False):
         base = base_model(model)
+        keep_soft_caps(base)
         self.stats = stats
         self.router_loss = router_loss
         self.attention = SharedPromptAttention(base)

@@ -74,7 +74,13 @@ FLAT = {
     "mistral": Architecture("MistralConfig", {"sliding_window": 4}),
     "gemma2": Architecture(
         "Gemma2Config",
-        {**WINDOW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+        {
+            **WINDOW,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+            "attn_implementation": "eager",  # the default of transformers before 5.21 leaves the cap out
+        },
     ),
     "gemma3": Architecture("Gemma3TextConfig", {**WINDOW, "query_pre_attn_scalar": 8}, model="Gemma3ForCausalLM"),
     "phi3": Architecture("Phi3Config"),

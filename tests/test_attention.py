@@ -13,7 +13,15 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from dpo_trainer import attention
@@ -308,6 +316,43 @@ def test_why_the_guard_exists(monkeypatch):
     oracles.mix(torch.stack([logps.chosen, logps.rejected], dim=1).flatten()).backward()
     off = [(p.grad - want[name]).norm() / want[name].norm() for name, p in model.named_parameters()]
     assert max(off) > 0.05
+
+
+CAPPED = Gemma2Config(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    query_pre_attn_scalar=1,
+    attn_logit_softcapping=0.5,
+    initializer_range=0.5,
+    attn_implementation="eager",
+)
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_scores_are_capped_whatever_attention_a_model_came_with(layout):
+    """transformers before 5.21 gives Gemma 2 `sdpa`, and that leaves the cap out."""
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(CAPPED).eval()
+    want = oracles.answer(model, PAIRS)
+    model.config._attn_implementation = "sdpa"
+    logps = Scorer(model)(model, batch_of(layout))
+    got = torch.stack([logps.chosen, logps.rejected], dim=1).flatten()
+    torch.testing.assert_close(got.double(), want.sums, rtol=0, atol=oracles.NATS)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_cap_matters():
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(CAPPED).eval()
+    want = oracles.answer(model, PAIRS).sums
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert (oracles.answer(model, PAIRS).sums - want).abs().max() > 0.1
 
 
 def test_generate_before_during_and_after_a_step():

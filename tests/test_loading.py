@@ -7,11 +7,15 @@ import json
 
 import huggingface_hub
 import pytest
+import tiny
 import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizers import byte_bpe
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -23,6 +27,7 @@ from transformers import (
 )
 
 from dpo_trainer.loading import apply_peft, disable_dropout, load_model, load_tokenizer, make_quantization_config
+from dpo_trainer.online.reward_model import RewardModel
 
 VOCAB = len(byte_bpe())
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -71,6 +76,25 @@ def test_a_folder_loads_in_float32_with_the_weights_that_were_saved(llama_folder
     torch.testing.assert_close(logits(model), logits(tiny_llama()), rtol=0, atol=0)
 
 
+def test_attention_scores_are_capped(tmp_path):
+    """transformers before 5.21 loads Gemma 2 with `sdpa`, which leaves the cap out."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Gemma2Config(vocab_size=300, num_key_value_heads=1, attn_logit_softcapping=0.5, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).config._attn_implementation == "eager"
+    config.num_labels = 1
+    classifier = Gemma2ForSequenceClassification(config)
+    classifier.config._attn_implementation = "sdpa"
+    RewardModel(classifier, tiny.tokenizer())
+    assert classifier.config._attn_implementation == "eager"
+
+
 def test_bfloat16_weights_come_back_as_float32_unless_asked(tmp_path):
     """transformers' own default, "auto", would train bfloat16 weights, which lose small updates."""
     tiny_llama().bfloat16().save_pretrained(tmp_path)
@@ -99,7 +123,7 @@ def test_adapters_get_gradients_under_checkpointing(adapter_folder, llama_folder
         else load_model(str(adapter_folder))
     )
     model.train()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    tiny.checkpoint_layers(model.get_base_model(), use_reentrant)
     model(input_ids=torch.arange(10, 22)[None]).logits.square().mean().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert grads

@@ -124,6 +124,12 @@ def fill_adapters(model: nn.Module, seed: int = 1, scale: float = 0.05, adapter:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=numbers))
 
 
+def checkpoint_layers(model: Any, use_reentrant: bool) -> None:
+    """transformers 5.23 renamed the method."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch({"use_reentrant": use_reentrant})
+
+
 Config = TypeVar("Config", bound=DPOConfig)
 
 

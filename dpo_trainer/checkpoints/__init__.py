@@ -27,7 +27,7 @@ from .folders import (
 from .manifest import MANIFEST, broken_file, seal
 from .rescue import rescuing
 from .saving import CheckpointError, saving
-from .weights import load_renamed
+from .weights import load_default_adapter, load_renamed
 
 __all__ = [
     "ASIDE",
@@ -39,6 +39,7 @@ __all__ = [
     "checkpoint_to_resume",
     "fresh_aside",
     "last_whole_checkpoint",
+    "load_default_adapter",
     "load_renamed",
     "numbered",
     "publish",

@@ -1,10 +1,14 @@
-"""Weights of a checkpoint whose names are not those of the model in memory."""
+"""Weights of a checkpoint that `Trainer` does not find."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging.version import Version
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,6 +40,20 @@ def load_renamed(model: nn.Module, checkpoint: str | Path) -> None:
             "model, or damaged. Take an earlier one."
         )
     model.load_state_dict(whole.state_dict())
+
+
+def load_default_adapter(model: nn.Module, checkpoint: str | Path) -> None:
+    """The adapter "default" of a checkpoint that has several, in place.
+
+    PEFT keeps that one in the checkpoint itself and the others in folders, and `Trainer` of transformers before 5.23 then loads the
+    folders alone: the trained adapter would be as it began.
+    """
+    if Version(transformers.__version__) >= Version("5.23") or not isinstance(model, PeftModel):
+        return
+    if len(model.peft_config) > 1 and Path(checkpoint, SAFETENSORS_WEIGHTS_NAME).is_file():
+        active = model.active_adapter
+        model.load_adapter(str(checkpoint), "default", is_trainable=active == "default")
+        model.set_adapter(active)
 
 
 def _names(file: Path) -> list[str]:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from ..batch import Message, Pair, Text
 from .encode import check_writes_conversations, special_tokens
@@ -115,9 +118,12 @@ def _conversation(
 ) -> Templated:
     found = control is not None and any(map(control.search, strings_of(pair)))
     check_writes_conversations(tokenizer, where)
-    if control is not None and found:
-        _check_can_stay_text(pair, where, control)
-    return Templated(pair, _sanitizing(tokenizer) if found else tokenizer, where, images, as_ids=found)
+    if control is None or not found:
+        return Templated(pair, tokenizer, where, images, as_ids=False)
+    _check_can_stay_text(pair, where, control)
+    # transformers before 5.23 marks messages and tools alone. What is marked already it marks as before.
+    marked = replace(pair, chat_template_kwargs=mark_control_tokens(pair.chat_template_kwargs, control))
+    return Templated(marked, _sanitizing(tokenizer), where, images, as_ids=True)
 
 
 def strings_of(pair: Pair) -> Iterator[str]:

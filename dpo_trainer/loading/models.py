@@ -25,6 +25,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from ..attention import keep_soft_caps
 from ..registry import did_you_mean
 from ..versions import raise_conflict_behind
 from .adapters import compute_as_in_training, prepare_base
@@ -187,6 +188,7 @@ def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
             raise
         raise ValueError(f"{name_or_path!r} is not a causal language model. {str(error).splitlines()[0]}") from error
     compute_as_in_training(model)
+    keep_soft_caps(model)
     return model
 
 

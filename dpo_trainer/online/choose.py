@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..attention import caps_scores
 from ..engines import cuts_weights
 from ..logprobs import base_model
 from . import judges  # noqa: F401  # registers those that come with the package
@@ -86,6 +87,11 @@ def choose_generator(
             end_ids=ends,
             gpu_memory=args.vllm_gpu_memory,
             max_model_len=window,
+        )
+    if args.generator == "continuous" and caps_scores(base_model(policy)):
+        raise ValueError(
+            f"--generator continuous: continuous batching of transformers (5.24) leaves out that {type(base_model(policy)).__name__} "
+            "caps its attention scores, and would sample from another model. Use --generator transformers."
         )
     kind = ContinuousGenerator if args.generator == "continuous" else TransformersGenerator
     return kind(tokenizer, pad_token_id=pad_token_id, end_ids=ends, batch_size=args.generation_batch_size)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..attention import keep_soft_caps
 from ..loading import load_tokenizer
 from ..loading.models import DTYPES
 from ..loading.names import fetch, where
@@ -58,6 +59,7 @@ class Classifier:
         if not isinstance(model, str) and dtype is not None:
             raise ValueError(f"dtype {dtype!r} is for a model given by name: this one is of {model.dtype} already.")
         loaded = _load(model, dtype, trust_remote_code) if isinstance(model, str) else _checked_object(model)
+        keep_soft_caps(loaded)
         name = model if isinstance(model, str) else loaded.name_or_path
         if tokenizer is None and not name:
             raise ValueError(f"A {type(loaded).__name__} made in memory has no tokenizer: give one as `tokenizer`.")

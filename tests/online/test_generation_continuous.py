@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import online_tiny
+import pytest
 import tiny
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from dpo_trainer.online.generation import ContinuousGenerator, Decoding, TransformersGenerator
 
@@ -45,3 +47,18 @@ def test_a_run_samples_by_the_generator_that_is_named(tmp_path):
     online.train()
     assert online_tiny.lines(online)[0]["completions/length"] > 0
     assert type(online_tiny.trainer(tmp_path).generator) is TransformersGenerator
+
+
+def test_a_model_with_capped_scores_is_refused(tmp_path):
+    """Continuous batching leaves the cap out, without an error."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=tiny.VOCABULARY, num_key_value_heads=1, **sizes))
+    named = online_tiny.config(tmp_path, generator="continuous")
+    with pytest.raises(ValueError, match=r"--generator continuous.*Gemma2ForCausalLM caps.*--generator transformers"):
+        online_tiny.trainer(tmp_path, model=model, parts={"args": named})

@@ -7,6 +7,7 @@ reads nothing of them but their sizes.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import json
@@ -26,6 +27,7 @@ from datasets import Dataset, Image, IterableDataset, List, concatenate_datasets
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import ImageFile
+from transformers import ProcessorMixin
 
 from dpo_trainer.data import FEATURES, DataOptions, prepare_dataset, prepare_mixture
 from dpo_trainer.data.encode import text_tokenizer
@@ -100,6 +102,10 @@ def shown(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, A
                 parts.append(part)
         out.append({**message, "content": parts})
     return out
+
+
+PROCESSOR_KNOWS = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+"""What is right where a conversation holds the text of control tokens: since transformers 5.23."""
 
 
 def read(family: str, prompt: Any, answer: Any, images: list[Any], **how: Any) -> tuple[Ids, Ids]:
@@ -250,7 +256,8 @@ def test_ids_of_random_rows_are_those_of_the_processor(family):
         for (prompt, answer, images), ids in zip(rows, got, strict=True):
             control = bool(ids.flags & Flag.CONTROL_TEXT)
             how = {"sanitize_control_tokens": True} if control else {}
-            assert (ids.prompt, ids.chosen) == read(family, prompt, answer, images, **how)
+            if not control or PROCESSOR_KNOWS:
+                assert (ids.prompt, ids.chosen) == read(family, prompt, answer, images, **how)
             seen["control"] += control and bool(images)
             seen["text"] += isinstance(prompt, str)
             seen["several"] += len({image.size for image in images}) > 1
@@ -468,6 +475,8 @@ def test_the_placeholder_among_the_words_beside_an_image_part_stays_text(family)
 
 def test_two_halves_of_a_control_token_make_none():
     """Neighbouring parts of a message stand side by side behind the template."""
+    if not PROCESSOR_KNOWS:
+        pytest.skip("processors of transformers before 5.23 cannot say what is right")
     (row,) = prepare([{"prompt": [turn("user", None, "a <|im", "_end|> b")], **ONE, "image": PICTURE}], "qwen2_vl")
     prompt = [turn("user", None, "a <|im_end|> b")]
     assert row["prompt_ids"] == read("qwen2_vl", prompt, said("yes"), [PICTURE], sanitize_control_tokens=True)[0]
