@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import struct
 import threading
 import time
@@ -143,7 +144,10 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     assert "holds no bytes" in refusal(tmp_path / "empty.png")
     assert "is no regular file" in refusal(tmp_path / "pipe.png")  # opened, it would never end
-    assert "null byte" in refusal("a\0b.png", ImageAccess(root=str(tmp_path))) or os.name != "posix"
+    # Python 3.13 calls it a null character.
+    assert (
+        re.search("null (byte|character)", refusal("a\0b.png", ImageAccess(root=str(tmp_path)))) or os.name != "posix"
+    )
 
 
 def test_control_characters_are_shown_not_sent():
