@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 
 PHASES = {
     "settle": "first batch of the run",
+    "begin": "check of the reference",
     "training_step": "micro-batch",
     "_get_num_items_in_batch": "weight of the step",
     "verdict": "verdict on the step",
