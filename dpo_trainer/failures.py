@@ -101,6 +101,8 @@ class MemoryAdvice:
     adapter: bool
     finds_batch_size: bool
     splits: bool = False  # its losses allow that a batch is computed in parts
+    max_length: int | None = None
+    in_float32: bool = False  # activations are, on a device that has bfloat16
 
     @classmethod
     def of(cls, args: Any, *, second_model: bool, adapter: bool, splits: bool) -> MemoryAdvice:
@@ -112,6 +114,8 @@ class MemoryAdvice:
             adapter=adapter,
             finds_batch_size=args.auto_find_batch_size,
             splits=splits,
+            max_length=args.max_length,
+            in_float32=not (args.bf16 or args.fp16) and args.device.type == "cuda" and torch.cuda.is_bf16_supported(),
         )
 
     def ways_out(self, fewer_tokens: int | None = None) -> list[str]:
@@ -132,7 +136,12 @@ class MemoryAdvice:
             ways.append("--precompute_ref_log_probs true (no second model while training)")
         if not self.adapter:
             ways.append("--use_peft true")
-        return [*ways, "a smaller --max_length"]
+        if self.in_float32:
+            ways.append("--bf16 true")
+        limit = (
+            "--max_length, which is not set" if self.max_length is None else f"--max_length below {self.max_length}"
+        )
+        return [*ways, limit]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -279,8 +280,15 @@ def test_out_of_memory_says_what_was_in_the_batch_and_what_helps(tmp_path):
 
 def test_advice_names_only_what_is_not_on_already():
     least = MemoryAdvice(batch_size=1, checkpointing=True, second_model=False, adapter=True, finds_batch_size=True)
-    assert least.ways_out() == ["a smaller --max_length"]
+    assert least.ways_out() == ["--max_length, which is not set"]
+    assert replace(least, max_length=512).ways_out() == ["--max_length below 512"]
+    assert replace(least, in_float32=True).ways_out()[0] == "--bf16 true"
     assert len(ROOM.ways_out()) == 6
+
+
+def test_advice_on_a_cpu_names_no_precision_of_a_card(tmp_path):
+    advice = tiny.trainer(tmp_path)._memory_advice()
+    assert not advice.in_float32
 
 
 @pytest.mark.parametrize("collate", [flat_inputs, padded_inputs])
