@@ -287,6 +287,17 @@ def test_a_cut_that_leaves_no_scored_token_is_no_room():
     assert cut(whole, completion=read_only, too_long="drop") == whole._replace(flags=whole.flags | Flag.TOO_LONG)
 
 
+def test_turns_with_control_text_behind_a_generation_prompt_that_opens_a_thought():
+    """As token ids, too, each turn begins where it leaves the generation prompt."""
+    opens = CHAT.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
+    )
+    tokenizer = byte_bpe(chat_template=opens)
+    (ids,) = tokenize(tokenizer, talk([assistant("a<eos>b"), tool("42"), assistant("abc")]))
+    assert scored(tokenizer, ids) == ["a<eos>b<eos>", "abc<eos>"]
+    assert ids.flags == Flag.GENERATION_DIFFERS | Flag.CONTROL_TEXT
+
+
 # --- the text of control tokens ---
 
 

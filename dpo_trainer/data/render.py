@@ -21,8 +21,9 @@ from .errors import bad
 from .image_places import check_none_is_shown, has_images, placed
 from .image_text import ImageText
 from .messages import words_of
+from .rendering import Rendering
 from .report import Flag
-from .templated import Templated
+from .templated import prompt_of, texts_of
 
 MARKS = re.compile("[\U000f0000\U000f0001]")
 
@@ -60,7 +61,7 @@ def render(
         pair = placed(pair, images.placeholder, where)
     if not isinstance(pair.prompt, str):
         conversation = _conversation(pair, tokenizer, where, control, images)
-        start, wholes, edges, flags = conversation.parts()
+        start, wholes, edges, flags = texts_of(conversation)
         rendered = Rendered(start, wholes, edges, templated=True, control_text=conversation.as_ids, flags=flags)
     else:
         texts = [f"{pair.prompt}{completion}" for completion in pair.completions]
@@ -110,20 +111,20 @@ def render_prompt(prompt: Text, tokenizer: Any, where: str, control: re.Pattern[
         found = control is not None and control.search(prompt) is not None
         return Rendered(prompt, [], [], templated=False, control_text=found)
     conversation = _conversation(Pair(prompt=prompt, chosen="", rejected=""), tokenizer, where, control, None)
-    return Rendered(conversation.start(), [], [], templated=True, control_text=conversation.as_ids)
+    return Rendered(prompt_of(conversation), [], [], templated=True, control_text=conversation.as_ids)
 
 
 def _conversation(
     pair: Pair, tokenizer: Any, where: str, control: re.Pattern[str] | None, images: ImageText | None
-) -> Templated:
+) -> Rendering:
     found = control is not None and any(map(control.search, strings_of(pair)))
     check_writes_conversations(tokenizer, where)
     if control is None or not found:
-        return Templated(pair, tokenizer, where, images, as_ids=False)
+        return Rendering(pair, tokenizer, where, images, as_ids=False)
     _check_can_stay_text(pair, where, control)
     # transformers before 5.23 marks messages and tools alone. What is marked already it marks as before.
     marked = replace(pair, chat_template_kwargs=mark_control_tokens(pair.chat_template_kwargs, control))
-    return Templated(marked, _sanitizing(tokenizer), where, images, as_ids=True)
+    return Rendering(marked, _sanitizing(tokenizer), where, images, as_ids=True)
 
 
 def strings_of(pair: Pair) -> Iterator[str]:

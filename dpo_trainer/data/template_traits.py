@@ -31,6 +31,15 @@ def traits(template: str, options: dict[str, Any], render: Callable[..., str]) -
     return _known[key]
 
 
+def shared_text(first: str, second: str) -> int:
+    """Length of the common beginning of two texts, not inside a tag."""
+    end = shared_length(first, second)
+    cut = [
+        match.start() for text in (first, second) for match in TAG.finditer(text) if match.start() < end < match.end()
+    ]
+    return min(cut, default=end)
+
+
 def in_parts(messages: list[Message]) -> list[Message]:
     """Each content that is a string as a list of one part."""
     return [

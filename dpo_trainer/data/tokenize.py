@@ -18,8 +18,8 @@ from .image_text import ImageText
 from .implicit import shared_length
 from .messages import is_blank
 from .render import Rendered, control_tokens, render, render_prompt
+from .rendering import completion_name
 from .report import Flag
-from .templated import completion_name
 from .truncate import PairIds
 
 
