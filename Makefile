@@ -1,5 +1,5 @@
 # make demo    train the embedded demo, from nothing to the table of results          make demo-vision    the same with pictures
-# make test    run all tests          make check   formatting, lint, types          make test-faults   30 kills and more
+# make test    run all tests          make check   formatting, lint, types          make test-faults   200 kills and more
 # make lock    pin every package to its newest release that pyproject.toml allows   make test-oldest, make test-newest
 PYTHON ?= python3
 # constraints.txt pins what was tested. Its torch also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.

@@ -30,9 +30,10 @@ def test_kills_in_every_phase_change_nothing():
     options = "--kills 6 --each 1 --kinds lora"
     done = run_script(HERE / "faults" / "kill_test.py", *options.split(), timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    counts = dict(re.findall(r"^(\w+) +(\d+)", done.stdout, re.MULTILINE))
-    assert all(int(counts[phase]) >= 1 for phase in ("tokenization", "precompute", "step", "eval", "save"))
-    assert int(counts["kills"]) >= 6
+    names, counts = (re.search(rf"^\| {kind} *\| (.*) \|$", done.stdout, re.MULTILINE)[1] for kind in ("", "lora"))
+    row = dict(zip(names.split(" | "), counts.split(" | "), strict=True))
+    assert all(int(row[phase]) >= 1 for phase in ("tokenization", "precompute", "step", "eval", "save"))
+    assert int(row["kills"]) >= 6
     assert "0 checkpoints skipped as broken" in done.stdout
     assert re.search(r"All \d+ runs ended in the weights of the uninterrupted run", done.stdout)
 

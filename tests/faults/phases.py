@@ -21,10 +21,11 @@ from dpo_trainer import durable, precompute
 from dpo_trainer.checkpoints import folders
 from dpo_trainer.data import prepare
 from dpo_trainer.data.mapping import PairMapper
+from dpo_trainer.online.rollout import Rollout
 from dpo_trainer.reference.cache import store
 from dpo_trainer.reference.cached import CachedReference
 
-PHASES = ("tokenization", "precompute", "step", "eval", "save")
+PHASES = ("tokenization", "precompute", "sampling", "feedback", "step", "eval", "save")
 
 
 class Announcer:
@@ -66,6 +67,9 @@ def announce_phases(file: Path, pause: float) -> None:
     wrap(precompute.Precompute, "__call__", "precompute")
     wrap(CachedReference, "compute", "precompute:forward")
     store.transaction = slow_commit(store.transaction, announcer)
+
+    wrap(Rollout, "sampled", "sampling")
+    wrap(Rollout, "scored", "feedback")
 
     wrap(run.DPOTrainer, "training_step", "step:micro-batch")
     wrap(run.DPOTrainer, "evaluation_loop", "eval")
