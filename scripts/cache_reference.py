@@ -19,9 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
 from dpo_trainer.cli.caching import main
+from dpo_trainer.cli.errors import OneMessage
 
 if __name__ == "__main__":
-    try:
+    with OneMessage("cache_reference.py"):
         main()
-    except ValueError as error:
-        raise SystemExit(f"cache_reference.py: {error}") from None

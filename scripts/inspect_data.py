@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
+from dpo_trainer.cli.errors import OneMessage
 from dpo_trainer.inspection import parse, run
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    with OneMessage("inspect_data.py", argv):
         return run(*parse(argv))
-    except ValueError as error:
-        raise SystemExit(f"inspect_data.py: {error}") from None
 
 
 if __name__ == "__main__":

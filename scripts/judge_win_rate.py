@@ -27,6 +27,7 @@ import torch
 from transformers import HfArgumentParser
 
 from dpo_trainer.batch import Text
+from dpo_trainer.cli.errors import OneMessage
 from dpo_trainer.data.encode import check_tokenizer
 from dpo_trainer.data.messages import read_messages
 from dpo_trainer.data.schema import pair_from_row
@@ -35,7 +36,7 @@ from dpo_trainer.loading import load_model, load_tokenizer
 from dpo_trainer.loading.columns import parse_columns
 from dpo_trainer.loading.datasets import eval_rows
 from dpo_trainer.online import judges  # noqa: F401  # registers those that come with the package
-from dpo_trainer.online.feedback import FeedbackUnavailable, make_judge, parse_options
+from dpo_trainer.online.feedback import make_judge, parse_options
 from dpo_trainer.online.generation import Decoding, TransformersGenerator, end_tokens
 from dpo_trainer.online.prompts import read_prompt
 from dpo_trainer.online.reward_model import RewardModel
@@ -84,6 +85,7 @@ class Arguments:
     max_new_tokens: int = option("Most tokens of an answer.", 256)
     temperature: float = option("0: the likeliest token each time. Above: tokens are drawn.", 0.0)
     batch_size: int = option("Answers that are written at once.", 16)
+    traceback: bool = option("Show where an error came from.", False)
 
     def __post_init__(self):
         self._one_of("answers", "model_name_or_path")
@@ -122,11 +124,9 @@ class Answered:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with OneMessage("judge_win_rate.py", argv):
         parser = HfArgumentParser(Arguments, allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
         run(*parser.parse_args_into_dataclasses(argv))
-    except (ValueError, FeedbackUnavailable) as error:
-        raise SystemExit(f"judge_win_rate.py: {error}") from None
 
 
 def run(args: Arguments) -> None:

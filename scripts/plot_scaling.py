@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout that is not installed
 
+from dpo_trainer.cli.errors import FLAG, OneMessage
 from dpo_trainer.data.errors import clean
 
 if TYPE_CHECKING:
@@ -33,15 +34,14 @@ def main(argv: list[str] | None = None) -> None:
         "--output", default="scaling.png", help="The picture: .png, .svg or .pdf. Default: scaling.png."
     )
     parser.add_argument("--title", default="", help="Stands above it.")
+    parser.add_argument(FLAG, nargs="?", help="Show where an error came from.")
     args = parser.parse_args(argv)
-    try:
+    with OneMessage("plot_scaling.py", argv):
         if Path(args.output).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--output {args.output!r} must end in .png, .svg or .pdf.")
         figure = draw([read(file) for file in args.files], args.title)
-    except ValueError as error:
-        raise SystemExit(f"plot_scaling.py: {error}") from None
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=150)
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.output, dpi=150)
     print(f"Written: {args.output}")
 
 

@@ -61,6 +61,10 @@ class ScriptArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read rows while training instead of before it. Needs --max_steps."}
     )
+    traceback: bool = field(
+        default=False,
+        metadata={"help": "Show where an error came from. Off, an error of options, data or models is one message."},
+    )
 
     def __post_init__(self):
         if self.columns is None and self.datasets is None:

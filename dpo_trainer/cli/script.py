@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import DPOConfig
+from .errors import OneMessage
 from .parsing import parse_args
 
 
@@ -20,13 +21,12 @@ def run_script(
 
     Both import what they need when they are called, for that takes seconds, and --help does without.
     """
-    try:
+    with OneMessage(name, argv) as shown:
         script, model, config, given = parse_args(argv, config_kind)
-    except ValueError as error:
-        raise SystemExit(f"{name}: {error}") from None
-    if model.model_name_or_path is None:
-        demo(config, given)
-        return
-    if "output_dir" not in given and config.process_index == 0:
-        print(f"No --output_dir was given: writing to {config.output_dir}.")
-    train(script, model, config)
+        shown.traceback |= script.traceback
+        if model.model_name_or_path is None:
+            demo(config, given)
+            return
+        if "output_dir" not in given and config.process_index == 0:
+            print(f"No --output_dir was given: writing to {config.output_dir}.")
+        train(script, model, config)

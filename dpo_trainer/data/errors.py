@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..printable import printable
+
 LONGEST = 200
 
 
@@ -15,4 +17,4 @@ def clean(text: object) -> str:
     shown = str(text)
     if len(shown) > LONGEST:
         shown = f"{shown[:LONGEST]}..."
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
+    return printable(shown)

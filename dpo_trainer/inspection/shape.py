@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..attention import why_not_flat
+from ..loading.hub import brief_without_network
 from ..loading.names import fetch, where
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ def load_config(name_or_path: str, *, revision: str | None, trust_remote_code: b
         )
         return base, peft_config
     try:
-        config = AutoConfig.from_pretrained(
-            where(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
+        with brief_without_network(name_or_path):
+            config = AutoConfig.from_pretrained(
+                where(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"no config.json of a model at {name_or_path!r}") from error
     return config, None

@@ -14,6 +14,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from ..registry import did_you_mean
 from .files import AnyDataset, reader_of, splits_of_file, splits_of_folder
+from .hub import brief_without_network
 from .origin import named
 
 NUMBERS = ("weight", "margin")
@@ -83,7 +84,8 @@ def _hub_splits(name: str, config: str | None, streaming: bool) -> Mapping[str, 
             "a file, a folder, or a dataset of the hub."
         )
     try:
-        return load_dataset(name, config, streaming=streaming)
+        with brief_without_network(name):
+            return load_dataset(name, config, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"There is no file or folder {name!r}, and the dataset of that name on the hub cannot be had: {error}. Check "

@@ -29,6 +29,7 @@ from ..attention import keep_soft_caps
 from ..registry import did_you_mean
 from ..versions import raise_conflict_behind
 from .adapters import compute_as_in_training, prepare_base
+from .hub import brief_without_network
 from .names import fetch, listing, local_folder, where
 from .resized import fit_embeddings
 
@@ -84,7 +85,8 @@ def load_model(
     prepare_base(base, quantized=bool(getattr(base, "is_quantized", False)), gradient_checkpointing=True)
     fit_embeddings(base, Path(str(fetch(name_or_path, "adapter_model.safetensors", revision))))
     try:
-        return PeftModel.from_pretrained(base, where(name_or_path), is_trainable=True, revision=revision)
+        with brief_without_network(name_or_path):
+            return PeftModel.from_pretrained(base, where(name_or_path), is_trainable=True, revision=revision)
     except RuntimeError as error:  # what load_state_dict raises: a line for each weight
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise ValueError(
@@ -112,7 +114,8 @@ def load_tokenizer(
     if find_spec("mistral_common") and fetch(name_or_path, "tokenizer.json", revision):
         how["mistral_format"] = False  # the one with the chat template, as where mistral-common is not installed
     try:
-        return AutoTokenizer.from_pretrained(where(name_or_path), **how)
+        with brief_without_network(name_or_path):
+            return AutoTokenizer.from_pretrained(where(name_or_path), **how)
     except (OSError, ImportError) as error:
         raise ValueError(f"The tokenizer of {name_or_path!r} did not load: {str(error).strip()}") from error
 
@@ -129,7 +132,8 @@ def load_processing_class(
             return load_processing_class(base, trust_remote_code=trust_remote_code)
         return load_tokenizer(name_or_path, **how)  # type: ignore[arg-type]
     try:
-        return AutoProcessor.from_pretrained(where(name_or_path), **(how | {"revision": revision or "main"}))
+        with brief_without_network(name_or_path):
+            return AutoProcessor.from_pretrained(where(name_or_path), **(how | {"revision": revision or "main"}))
     except (OSError, ImportError, RuntimeError) as error:
         raise_conflict_behind(error, f"The processor of {name_or_path!r} did not load")
         if isinstance(error, RuntimeError):
@@ -177,7 +181,9 @@ def _load_full_model(name_or_path: str, kwargs: dict[str, Any]) -> PreTrainedMod
     if folder:
         _check_model_folder(folder)
     try:
-        model = _auto_class(name_or_path, kwargs).from_pretrained(where(name_or_path), use_safetensors=True, **kwargs)
+        with brief_without_network(name_or_path):
+            kind = _auto_class(name_or_path, kwargs)
+            model = kind.from_pretrained(where(name_or_path), use_safetensors=True, **kwargs)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The model {name_or_path!r} did not load (only safetensors are read): {error}") from error
     except TypeError as error:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from ..registry import did_you_mean
+from .hub import brief_without_network
 
 
 def local_folder(name_or_path: str) -> Path | None:
@@ -49,7 +50,8 @@ def fetch(name_or_path: str, filename: str, revision: str | None) -> str | None:
     if folder:
         return str(folder / filename) if (folder / filename).is_file() else None
     try:
-        return hf_hub_download(name_or_path, filename, revision=revision)
+        with brief_without_network(name_or_path):
+            return hf_hub_download(name_or_path, filename, revision=revision)
     except LocalEntryNotFoundError as error:  # the hub cannot be asked: a model in the cache still loads
         if isinstance(try_to_load_from_cache(name_or_path, "config.json", revision=revision), str):
             return None

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ..attention import keep_soft_caps
 from ..loading import load_tokenizer
+from ..loading.hub import brief_without_network
 from ..loading.models import DTYPES
 from ..loading.names import fetch, where
 from ..registry import did_you_mean
@@ -124,13 +125,14 @@ def _load(name: str, dtype: str | torch.dtype | None, trust_remote_code: bool) -
             f"{name!r} is an adapter: merge it into its base (merge_and_unload), and save that with its tokenizer."
         )
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            where(name),
-            use_safetensors=True,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with brief_without_network(name):
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                where(name),
+                use_safetensors=True,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The model {name!r} did not load (only safetensors are read): {error}") from error
     except ValueError as error:

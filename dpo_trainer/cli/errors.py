@@ -1,0 +1,66 @@
+"""What a script shows of an error: one message, and where it came from on request."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from ..printable import printable
+
+FLAG = "--traceback"
+PATIENCE = 3.0  # seconds
+
+
+class OneMessage:
+    """Around a script: an error of options, data, models or disks ends it with one message and exit code 1.
+
+    Shown with its traceback: every error after `--traceback true`, and those of other kinds, which may be faults of a program.
+    Of several ranks the main process speaks. The others wait until the launcher stops them, and speak if it does not: their
+    error is then one of their own.
+
+    Args:
+        script: its name, which begins the message.
+        argv: the command line, None for that of the process. Read before it is parsed, for parsing fails as well.
+    """
+
+    def __init__(self, script: str, argv: Sequence[str] | None = None):
+        self.script = script
+        self.traceback = _asked_for(sys.argv[1:] if argv is None else argv)
+
+    def __enter__(self) -> OneMessage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if error is None or self.traceback or not _says_what_to_do(error):
+            return
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(PATIENCE)
+        who = f"{self.script} (rank {rank})" if rank else self.script
+        raise SystemExit(f"{who}: {in_lines(str(error) or type(error).__name__)}") from None
+
+
+def in_lines(text: str) -> str:
+    """The text with its line breaks, and everything else that drives a terminal written out."""
+    return "\n".join(map(printable, text.splitlines()))
+
+
+def _says_what_to_do(error: BaseException) -> bool:
+    # torch's OutOfMemoryError is a RuntimeError. By its name, for torch takes seconds to import.
+    ours, name = type(error).__module__.startswith(f"{__package__.partition('.')[0]}."), type(error).__name__
+    return ours or name == "OutOfMemoryError" or isinstance(error, ValueError | OSError | FloatingPointError)
+
+
+def _asked_for(argv: Sequence[str]) -> bool:
+    for place, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name == FLAG:
+            following = argv[place + 1 : place + 2]
+            value = value or "".join(word for word in following if not word.startswith("-"))
+            return value.lower() not in ("false", "no", "0", "f", "n")
+    return False
