@@ -22,6 +22,26 @@ def cache_folder(given: str | None, kind: str) -> Path:
     return Path(home).expanduser() / "dpo_trainer" / kind
 
 
+def write_text(file: Path, text: str) -> None:
+    """The file whole, or as it was.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    with naming(file), written_whole(file) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Around what writes a file: an error of the disk has its name, which the one of a full disk lacks, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{error.strerror}. Free space there, make the folder writable, or give another one"
+        raise OSError(error.errno, problem, str(file)) from error
+
+
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
     """Where to write what shall be `file`, which is there whole or not at all: several workers, and several runs, may write the

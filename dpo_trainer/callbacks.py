@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -135,3 +138,10 @@ class CheckReference(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.reference_check.end(self.trainer.model_wrapped)
+
+
+def beside_progress_bar(args: DPOConfig) -> AbstractContextManager[None]:
+    """While a bar shows the progress of a run, warnings stand on lines of their own, above it."""
+    if args.disable_tqdm:
+        return nullcontext()
+    return logging_redirect_tqdm([getLogger(), getLogger("transformers")])

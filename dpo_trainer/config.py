@@ -402,6 +402,7 @@ class DPOConfig(TrainingArguments):
         if self.loss_module is not None:
             load_loss_module(self.loss_module)
         checks.check_choices(self)
+        checks.check_output_dir(self)
         check_loss_arguments(self)
         checks.check_bounds(self)
         check_numbers(self)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import is_liger_kernel_available
 
 from .data.dates import checked_date
+from .printable import printable
 from .registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -39,6 +42,36 @@ def check_choices(config: DPOConfig) -> None:
             raise ValueError(
                 f"--{option.name} {value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
             )
+
+
+def check_output_dir(config: DPOConfig) -> None:
+    """A name that no folder can have, or that something else has."""
+    given = config.output_dir
+    if given is None:
+        return
+    shown = f"--output_dir {printable(given)!r}"
+    if not given.strip():
+        raise ValueError(f"{shown} is empty: name a folder, such as out.")
+    if "\0" in given or not _is_utf8(given):
+        raise ValueError(
+            f"{shown} is not UTF-8, or holds a NUL: files with weights cannot have such a name. Give another."
+        )
+    folder = Path(given).expanduser()
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if there.is_symlink() and not there.exists():
+        raise ValueError(
+            f"{shown}: {there} is a link to {there.readlink()}, which is not there. Make that folder, or give another."
+        )
+    if there.exists() and not there.is_dir():
+        raise ValueError(f"{shown}: {there} is a file. Give a folder.")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_bounds(config: DPOConfig) -> None:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .assembly import Given, assemble
 from .batch import PairBatch, micro_batches, pair_weight
 from .best_metric import check_best_metric
-from .callbacks import CheckReference, MoveReference
+from .callbacks import CheckReference, MoveReference, beside_progress_bar
 from .checkpoints import GivenConfig
 from .config import DPOConfig
 from .config_checks import check_sampling
@@ -518,7 +518,8 @@ class DPOTrainer(DurableTrainer):
     def train(self, *args, **kwargs):
         """See `DurableTrainer.train`."""
         self._logged_at = time.perf_counter()
-        output = super().train(*args, **kwargs)
+        with beside_progress_bar(self.args):
+            output = super().train(*args, **kwargs)
         if self.data.has_stream():
             self.data.report()  # what was read
         return output

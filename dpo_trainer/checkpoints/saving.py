@@ -25,12 +25,15 @@ RAISE_LIMIT = (
     "Raise the limit of file sizes (ulimit -f), leave the optimizer out (--save_only_model), or give an --output_dir on a "
     "file system that takes larger files."
 )
+MORE_FILES = "Raise the limit of open files (ulimit -n), or lower --dataloader_num_workers."
 MEND = "Mend that, or give another --output_dir."
 
 ADVICE = {
     errno.ENOSPC: FREE_SPACE,
     errno.EDQUOT: FREE_SPACE,
     errno.EFBIG: RAISE_LIMIT,
+    errno.EMFILE: MORE_FILES,
+    errno.ENFILE: MORE_FILES,
     **dict.fromkeys([errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE], MEND),
 }
 

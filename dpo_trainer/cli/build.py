@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..cache_folders import naming
 from ..config import DPOConfig
 from ..durable import STOPPED_BY_SIGNAL
 from ..loading import load_processing_class, make_quantization_config
@@ -60,15 +62,17 @@ def train_and_save(trainer: DPOTrainer) -> None:
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.stopped_by_signal:
         raise SystemExit(STOPPED_BY_SIGNAL)
+    trainer.save_model()  # before anything that may fail
     _report(trainer, "train", result.metrics)
     trainer.save_state()
     if trainer.eval_dataset is not None:
         _report(trainer, "eval", trainer.evaluate())
-    trainer.save_model()
+        trainer.create_model_card()  # with the evaluation
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 
 
 def _report(trainer: DPOTrainer, split: str, metrics: dict[str, Any]) -> None:
     trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    with naming(Path(trainer.args.output_dir) / f"{split}_results.json"):
+        trainer.save_metrics(split, metrics)

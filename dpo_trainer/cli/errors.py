@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -42,12 +43,19 @@ class OneMessage:
         if rank:
             time.sleep(PATIENCE)
         who = f"{self.script} (rank {rank})" if rank else self.script
-        raise SystemExit(f"{who}: {in_lines(str(error) or type(error).__name__)}") from None
+        raise SystemExit(f"{who}: {in_lines(_text(error))}") from None
 
 
 def in_lines(text: str) -> str:
     """The text with its line breaks, and everything else that drives a terminal written out."""
     return "\n".join(map(printable, text.splitlines()))
+
+
+def _text(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) and "ulimit" not in text:
+        return f"{text}. Raise the limit of open files (ulimit -n), or lower --dataloader_num_workers."
+    return text
 
 
 def _says_what_to_do(error: BaseException) -> bool:

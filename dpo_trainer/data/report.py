@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..cache_folders import write_text
+
 logger = logging.getLogger(__name__)
 
 FIRST = 5
@@ -211,7 +213,7 @@ def write_reports(reports: Mapping[str, DataReport], folder: Path) -> None:
     """data_report.json, {name: counts}."""
     folder.mkdir(parents=True, exist_ok=True)
     everything = {name: report.to_dict() for name, report in reports.items()}
-    (folder / "data_report.json").write_text(json.dumps(everything, indent=2) + "\n")
+    write_text(folder / "data_report.json", json.dumps(everything, indent=2) + "\n")
 
 
 def labelled(name: str, source: str) -> str:

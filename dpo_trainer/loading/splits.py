@@ -29,7 +29,8 @@ def pick(splits: Mapping[str, AnyDataset], split: str, name: str, flag: str) -> 
 
 
 def hold_out(train: Any, size: float, seed: int) -> tuple[AnyDataset, AnyDataset]:
-    """(rows to train on, rows to evaluate on): `size` of them, a share below 1 or a count, drawn by `seed`.
+    """(rows to train on, rows to evaluate on): `size` of them, a share below 1 (of few rows at least one) or a count, drawn
+    by `seed`.
 
     Both keep the order that the rows have. A stream gives its first rows.
     """
@@ -41,7 +42,7 @@ def hold_out(train: Any, size: float, seed: int) -> tuple[AnyDataset, AnyDataset
             )
         n_eval = int(size)
         return named(train.skip(n_eval), f"{name_of(train)} after {n_eval} rows"), train.take(n_eval)
-    n_eval = round(size * len(train)) if 0 < size < 1 else int(size)
+    n_eval = max(round(size * len(train)), 1) if 0 < size < 1 else int(size)
     if size <= 0 or (size >= 1 and size != n_eval) or not 0 < n_eval < len(train):
         raise ValueError(
             f"--test_split_size {size} must be a share between 0 and 1 or a whole number of rows, and leave rows on both "

@@ -82,7 +82,8 @@ def _in_plain_words(error: sqlite3.DatabaseError, path: Path) -> ValueError:
         return Unusable(f"{path} is damaged ({text}).")
     if "readonly" in text or "unable to open" in text:
         return ReadOnly(
-            f"{path} is read-only: {text}. Make the file and its folder writable, or give another --ref_cache_dir."
+            f"{path} is read-only: {text}. Make the file and its folder writable, or give another --ref_cache_dir. Where too many "
+            "files are open, raise their limit (ulimit -n)."
         )
     if "full" in text:
         return ValueError(
