@@ -9,7 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .printable import keep_logs_printable
+
 __version__ = "0.1.0"
+
+keep_logs_printable(__name__)
 
 # Loaded when first used: importing the package loads neither torch nor transformers.
 _HOMES = {

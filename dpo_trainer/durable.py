@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length, sort_checkpoints
 from transformers.utils import logging
@@ -26,21 +26,25 @@ from transformers.utils import logging
 from .callbacks import StepGuard
 from .checkpoints import (
     ASIDE,
+    check_optimizer_files,
+    check_trainer_state,
     checkpoint_to_resume,
     fresh_aside,
     load_default_adapter,
     load_renamed,
     publish,
+    remove_leftovers,
     rescuing,
     retire,
     savable_generation_config,
     saving,
     seal,
+    unreadable,
 )
 from .data.sampling import BalancedSampler
 from .failures import StepWatch
 from .live_settings import LiveSettings
-from .run_state import read_state, readable, refuse_another_run, write_state
+from .run_state import STATE_FILE, read_state, readable, refuse_another_run, write_state
 from .save_checks import warn_of_another_kind
 from .sharding import own_part
 
@@ -117,6 +121,8 @@ class DurableTrainer(Trainer):
         self.begin_counting()
         if self.model_init is None:
             self.know_run()
+        if self._resuming is not None:
+            check_trainer_state(self._resuming)
         with self._heeding_sigterm():
             return super().train(self._resuming, *args, **kwargs)
 
@@ -252,6 +258,7 @@ class DurableTrainer(Trainer):
             self._save_to(folder, state_dict)
             return
         with rescuing(folder, self.model, state_dict, lambda elsewhere: self._save_to(elsewhere, state_dict)):
+            remove_leftovers(folder)
             self._save_to(folder, state_dict)
 
     def _save_to(self, folder: Path, state_dict: dict | None) -> None:
@@ -289,15 +296,28 @@ class DurableTrainer(Trainer):
         if checkpoint is None:
             return
         live = None if self.is_deepspeed_enabled else LiveSettings(self.optimizer, self.lr_scheduler)
-        with naming(checkpoint, f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
-            if live is not None and not self.is_fsdp_enabled and not Path(checkpoint, OPTIMIZER_NAME).is_file():
-                raise FileNotFoundError(f"there is no {OPTIMIZER_NAME}")
+        if live is not None:
+            check_optimizer_files(checkpoint, fsdp=self.is_fsdp_enabled)
+        with naming(checkpoint, lambda: unreadable(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
         if live is not None:
             live.put_back(self.optimizer, self.lr_scheduler)
         state, tensors = read_state(Path(checkpoint))
-        self.skipped_steps = state.pop("skipped_steps")
-        self.load_run_state(state, tensors)
+        with naming(checkpoint, STATE_FILE, (LookupError, TypeError, AttributeError)):
+            self.skipped_steps = state.pop("skipped_steps")
+            self.load_run_state(state, tensors)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if not Path(checkpoint, name).is_file():
+            logger.warning_once(
+                f"{checkpoint} has no {name}, as after a change of the number of processes: what draws random numbers (dropout, "
+                "sampling) goes on with others than those of the interrupted run."
+            )
+        with naming(checkpoint, name):
+            super()._load_rng_state(checkpoint)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         where = super()._init_training_state(max_steps, *args, **kwargs)
@@ -334,14 +354,17 @@ class DurableTrainer(Trainer):
 
 
 @contextlib.contextmanager
-def naming(checkpoint: str, what: str) -> Iterator[None]:
+def naming(
+    checkpoint: str, what: str | Callable[[], str], kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
     """Whatever cannot be read of a checkpoint, said with the place. (A whole one fails here only if it does not fit.)"""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except kinds as error:
+        named = what if isinstance(what, str) else what()
         raise ValueError(
-            f"The checkpoint {checkpoint!r} cannot be resumed: {what} cannot be read, or does not fit ({type(error).__name__}: "
+            f"The checkpoint {checkpoint!r} cannot be resumed: {named} cannot be read, or does not fit ({type(error).__name__}: "
             f"{error}). Start a new run from its model (--model_name_or_path {checkpoint}), or resume an earlier one."
         ) from error

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from . import __version__
 from .logprobs import base_model
+from .printable import printable
 
 if TYPE_CHECKING:
     from .trainer import DPOTrainer
@@ -31,6 +32,7 @@ def write_model_card(
     """README.md in `folder`, over the plain one that transformers or peft wrote there. Names as in `push_to_hub`."""
     args = trainer.args
     start = base_model(trainer.model).config._name_or_path
+    name = printable(model_name or args.hub_model_id or folder.resolve().name)
     is_hub_id = bool(start) and not Path(start).exists()
     card = ModelCard.from_template(
         ModelCardData(
@@ -40,20 +42,44 @@ def write_model_card(
             language=language,
             license=license,
             datasets=dataset,
-            model_name=model_name or args.hub_model_id or folder.resolve().name,
+            model_name=name,
         ),
         template_path=str(TEMPLATE),
-        start=start or "a model built in memory",
+        title=in_cell(name),
+        start=code(start) if start else "a model built in memory",
         trained_on=trainer.trained_on,
-        losses=list(zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True)),
+        losses=list(zip(map(code, args.loss_type), args.loss_weights or [1.0] * len(args.loss_type), strict=True)),
         args=args,
-        reference=trainer.reference.description,
+        reference=in_cell(trainer.reference.description),
         layout=trainer.layout.name,
-        reports=trainer.data_reports,
+        tables={printable(name): fenced(report.table()) for name, report in trainer.data_reports.items()},
         lines=_last_lines(trainer.state.log_history),
         version=__version__,
     )
     card.save(folder / "README.md")
+
+
+def code(text: str) -> str:
+    """Text from outside as a code span, which it cannot end: more backticks stand around it than it has in a row."""
+    shown = printable(text).replace("|", "\\|")
+    ticks = "`" * (_backticks(shown) + 1)
+    space = " " if "`" in shown else ""
+    return f"{ticks}{space}{shown}{space}{ticks}"
+
+
+def fenced(text: str) -> str:
+    """Lines as a block of code, likewise."""
+    fence = "`" * max(3, _backticks(text) + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def in_cell(text: str) -> str:
+    """A sentence of ours with names from outside, as text of a table: no markup, no other cell."""
+    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", printable(text))
+
+
+def _backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 OF_THE_RUN = re.compile("train_|total_flos$")

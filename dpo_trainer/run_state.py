@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
@@ -45,7 +46,12 @@ def write_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], t
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     content = _read(folder)
-    return content["state"], load_file(folder / TENSORS_FILE) if content["tensors"] else {}
+    path = folder / TENSORS_FILE
+    try:
+        return content["state"], load_file(path) if content["tensors"] else {}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        what = f"{path} cannot be read" if content.get("tensors") else f"{folder / STATE_FILE} is damaged"
+        raise ValueError(f"{what} ({type(error).__name__}: {error}): resume an earlier checkpoint.") from error
 
 
 def date_of_run(folder: Path) -> str | None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, modeling_utils
 from transformers.utils import logging
 
-from .checkpoints import savable_generation_config
+from .checkpoints import DRY_RUN, savable_generation_config
 from .logprobs import base_model
 from .sharding import is_cut
 
@@ -54,7 +54,7 @@ def check_saving(model: nn.Module, processing_class: Any, output_dir: str) -> No
     _refuse_other_kind(model, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=folder) as dry:
+        with tempfile.TemporaryDirectory(prefix=DRY_RUN, dir=folder) as dry:
             _save_all_but_weights(model, processing_class, dry)
     except OSError as error:
         raise ValueError(

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         figure = draw([read(file) for file in args.files], args.title)
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.output, dpi=150)
-    print(f"Written: {args.output}")
+    print(f"Written: {clean(args.output)}")
 
 
 def read(file: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -128,7 +129,7 @@ def test_no_split_to_evaluate_on_is_said(tmp_path, caplog):
     assert "has no split 'test' (it has: train): nothing is held out" in caplog.text
 
 
-@pytest.mark.parametrize("size", [0, -1, 10, 11, 1.5, 0.01, 0.99])
+@pytest.mark.parametrize("size", [0, -1, 10, 11, 1.5, 0.99])
 def test_sizes_that_leave_a_side_empty_or_make_no_sense(tmp_path, size):
     with pytest.raises(ValueError, match=r"--test_split_size .* leave rows on both sides of a split of 10"):
         load_dataset_splits(write(tmp_path / "pairs.jsonl", "lines"), test_split_size=size)
@@ -327,6 +328,55 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(ValueError, match=r"The dataset cache .*cannot be written \(.*HF_DATASETS_CACHE"):
         load_dataset_splits(write(tmp_path / "pairs.jsonl", "lines"))
+
+
+def cut_at_a_batch(table):
+    with pa.memory_map(str(table)) as source:
+        stream = pa.ipc.open_stream(source)
+        stream.read_next_batch()
+        end = source.tell()
+    os.truncate(table, end)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        cut_at_a_batch,
+        lambda table: os.truncate(table, 0),
+        lambda table: os.truncate(table, table.stat().st_size - 1),
+        lambda table: table.write_bytes(bytes(table.stat().st_size)),
+        lambda table: table.write_bytes(table.read_bytes().replace(b"good 7", b"goof 7", 1)),
+        lambda table: table.with_name("rows.arrow.json").write_text("{}"),
+    ],
+    ids=["cut at a batch", "empty", "last byte gone", "zeros", "one byte changed", "no checksum"],
+)
+def test_a_damaged_table_in_the_cache_is_made_anew(tmp_path, caplog, spoil):
+    rows = [{"prompt": "q", "chosen": f"good {number}", "rejected": "bad"} for number in range(600)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, _ = load_dataset_splits(str(tmp_path / "pairs.jsonl"))
+    (table,) = (tmp_path / "cache").rglob("rows.arrow")
+    whole = table.read_bytes()
+    assert json.loads(table.with_name("rows.arrow.json").read_text())["rows"] == 600
+    spoil(table)
+    again, _ = load_dataset_splits(str(tmp_path / "pairs.jsonl"))
+    assert again.to_list() == rows
+    assert again._fingerprint == first._fingerprint  # what was computed from it stays valid
+    assert table.read_bytes() == whole
+    assert [message for message in caplog.messages if "is damaged" in message and "made anew" in message] != []
+    assert sorted(path.name for path in table.parent.iterdir()) == ["rows.arrow", "rows.arrow.json"]
+    caplog.clear()
+    load_dataset_splits(str(tmp_path / "pairs.jsonl"))
+    assert caplog.messages == []
+
+
+def test_a_table_of_an_earlier_release_is_made_anew_in_silence(tmp_path, caplog):
+    file = write(tmp_path / "pairs.jsonl", "lines")
+    load_dataset_splits(file)
+    (seal,) = (tmp_path / "cache").rglob("rows.arrow.json")
+    seal.unlink()
+    assert load_dataset_splits(file)[0].to_list() == ROWS
+    assert seal.is_file()
+    assert caplog.messages == []
 
 
 # --- names and fingerprints ---

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
@@ -183,6 +185,32 @@ def test_two_processes_give_what_one_gives():
     assert many.line("identical") == "6 (rows 1, 8, 15, 22, 29, ...)"
 
 
+def cut_at_a_batch(file):
+    with pa.memory_map(str(file)) as source:
+        stream = pa.ipc.open_stream(source)
+        stream.read_next_batch()
+        end = source.tell()
+    assert end < file.stat().st_size - 8
+    os.truncate(file, end)
+
+
+def emptied(file):
+    os.truncate(file, 0)
+
+
+def zeroed(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def one_byte_changed(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+SPOILT = [cut_at_a_batch, emptied, zeroed, one_byte_changed]
+
+
 def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     Dataset.from_list(ROWS).save_to_disk(tmp_path)
     first, report = prepare(load_from_disk(tmp_path), max_length=20)
@@ -217,6 +245,43 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     ):
         with pytest.raises(RuntimeError, match="tokenized again"):
             prepare(load_from_disk(tmp_path), **({"max_length": 20} | changed))
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
+def test_damaged_rows_in_the_cache_are_computed_anew(tmp_path, caplog, spoil, num_proc):
+    """Cut off between two record batches, `datasets` would read fewer rows without a word."""
+    Dataset.from_list(ROWS * 200).save_to_disk(tmp_path)
+    options = {"max_length": 20, "dataset_num_proc": num_proc}
+    first, report = prepare(load_from_disk(tmp_path), **options)
+    rows = first.to_list()  # now: the file is mapped into memory
+    caches = sorted(tmp_path.glob("cache-*.arrow"))
+    assert len(caches) == (num_proc or 1)
+    whole = caches[0].read_bytes()
+    spoil(caches[0])
+    caplog.clear()
+    again, report_again = prepare(load_from_disk(tmp_path), **options)
+    assert again.to_list() == rows
+    assert report_again == report
+    assert caches[0].read_bytes() == whole
+    assert [record.message for record in caplog.records if "are damaged" in record.message] != []
+    caplog.clear()
+    prepare(load_from_disk(tmp_path), **options)
+    assert "are damaged" not in caplog.text
+
+
+def test_cached_rows_of_an_earlier_release_have_no_checksum(tmp_path, caplog, monkeypatch):
+    Dataset.from_list(ROWS * 200).save_to_disk(tmp_path)
+    first = prepare(load_from_disk(tmp_path), max_length=20)[0].to_list()
+    (cache,) = tmp_path.glob("cache-*.arrow")
+    cache.with_name(f"{cache.name}.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(PairMapper, "__call__", None)
+        assert prepare(load_from_disk(tmp_path), max_length=20)[0].to_list() == first
+    cache.with_name(f"{cache.name}.json").unlink()
+    cut_at_a_batch(cache)
+    assert prepare(load_from_disk(tmp_path), max_length=20)[0].to_list() == first
+    assert "it has no end): they are computed anew" in caplog.text
 
 
 def test_other_rows_are_tokenized_anew(tmp_path):

@@ -800,6 +800,47 @@ def test_a_forced_checkpoint_that_cannot_be_read_is_named(name, runs, tmp_path):
     assert str(checkpoint) in message
 
 
+MOVING_STATE = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", TENSORS_FILE]
+
+
+@pytest.mark.parametrize("name", MOVING_STATE)
+@pytest.mark.parametrize("content", [b"", b"{", bytes(100)], ids=["empty", "a bracket", "zeros"])
+def test_every_file_of_the_state_is_named_where_it_cannot_be_read(name, content, runs, tmp_path):
+    checkpoint = without(kept(runs.whole("moving")[0], 2), tmp_path / "checkpoint-2")
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        runs.resumed("moving", tmp_path / "new", checkpoint, force_resume=True)
+    assert name in str(error.value)
+    assert str(checkpoint) in str(error.value)
+    assert not (name == "scheduler.pt" and "optimizer.pt" in str(error.value)), "that one is whole"
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "scheduler.pt", TENSORS_FILE])
+def test_a_forced_checkpoint_without_a_file_of_the_state_is_refused(name, runs, tmp_path):
+    """Without scheduler.pt `Trainer` began anew: at a learning rate of 0, with a warmup."""
+    checkpoint = without(kept(runs.whole("moving")[0], 2), tmp_path / "checkpoint-2", name)
+    with pytest.raises(ValueError) as error:
+        runs.resumed("moving", tmp_path / "new", checkpoint, force_resume=True)
+    assert name in str(error.value)
+    assert str(checkpoint) in str(error.value)
+
+
+def test_a_state_without_an_entry_is_named(runs, tmp_path):
+    checkpoint = without(kept(runs.whole(FULL)[0], 2), tmp_path / "checkpoint-2")
+    content = json.loads((checkpoint / STATE_FILE).read_text())
+    del content["state"]["skipped_steps"]
+    (checkpoint / STATE_FILE).write_text(json.dumps(content))
+    message = refused(tmp_path / "new", checkpoint, force_resume=True)
+    assert STATE_FILE in message
+    assert str(checkpoint) in message
+
+
+def test_random_numbers_that_are_not_there_are_told(runs, tmp_path, caplog):
+    checkpoint = without(kept(runs.whole(FULL)[0], 2), tmp_path / "checkpoint-2", "rng_state.pth")
+    runs.resumed(FULL, tmp_path / "run", checkpoint, force_resume=True)
+    assert [text for text in caplog.messages if f"{checkpoint} has no rng_state.pth" in text] != []
+
+
 # --- a full disk ---
 
 

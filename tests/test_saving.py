@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.checkpoints import CheckpointError
+from dpo_trainer.checkpoints import CheckpointError, remove_leftovers
 from dpo_trainer.loading import load_model, make_quantization_config
 
 sys.path.insert(0, str(Path(__file__).parent / "vision"))
@@ -274,11 +275,13 @@ def test_a_save_into_a_folder_of_another_kind_says_so(tmp_path, caplog):
     )
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file/run"):
-        with pytest.raises(ValueError, match=r"Nothing can be saved in --output_dir .*another --output_dir"):
-            tiny.trainer(folder)
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def refused(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dpo_trainer.save_checks.tempfile.TemporaryDirectory", refused)
+    with pytest.raises(ValueError, match=r"Nothing can be saved in --output_dir .*another --output_dir"):
+        tiny.trainer(tmp_path)
 
 
 def test_a_config_that_cannot_be_saved_is_refused(tmp_path):
@@ -307,6 +310,37 @@ def test_the_dry_run_leaves_nothing_behind(tmp_path):
     made = tiny.trainer(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["data_report.json"]
     assert made.state.global_step == 0
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    """safetensors writes `.tmpXXXXXX` and renames it; a file of the user's that is called alike in part stays."""
+    trainer = tiny.trainer(tmp_path)
+    (tmp_path / ".tmpq4UOSu").write_bytes(b"half of the weights")
+    (tmp_path / ".dry_run_ab12cd_3").mkdir()
+    (tmp_path / ".dry_run_ab12cd_3" / "config.json").write_text("{}")
+    for kept in (".tmp", ".tmp_notes", "a.tmp"):
+        (tmp_path / kept).write_text("mine")
+    trainer.save_model()
+    there = {path.name for path in tmp_path.iterdir()}
+    assert {".tmp", ".tmp_notes", "a.tmp", "model.safetensors"} <= there
+    assert not {".tmpq4UOSu", ".dry_run_ab12cd_3"} & there
+
+
+def test_a_save_that_is_killed_leaves_such_a_file(tmp_path):
+    """The name is safetensors' own, and may change with a release."""
+    file = tmp_path / "model.safetensors"
+    script = f"import numpy, safetensors.numpy as s; s.save_file({{'a': numpy.zeros(10**8, 'u1')}}, {str(file)!r})"
+    for _ in range(20):  # it may end before it is seen
+        file.unlink(missing_ok=True)
+        with subprocess.Popen([sys.executable, "-c", script]) as saving:
+            while saving.poll() is None and not any(tmp_path.glob(".*")):
+                time.sleep(0.001)
+            saving.kill()
+        if any(tmp_path.glob(".*")):
+            break
+    assert not file.exists()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch, caplog):

@@ -24,17 +24,22 @@ from .folders import (
     retire,
     tidy,
 )
+from .leftovers import DRY_RUN, remove_leftovers
 from .manifest import MANIFEST, broken_file, seal
 from .rescue import rescuing
 from .saving import CheckpointError, saving
+from .state_files import check_optimizer_files, check_trainer_state, unreadable
 from .weights import load_default_adapter, load_renamed
 
 __all__ = [
     "ASIDE",
+    "DRY_RUN",
     "MANIFEST",
     "CheckpointError",
     "GivenConfig",
     "broken_file",
+    "check_optimizer_files",
+    "check_trainer_state",
     "checked_checkpoint",
     "checkpoint_to_resume",
     "fresh_aside",
@@ -44,10 +49,12 @@ __all__ = [
     "numbered",
     "publish",
     "recover",
+    "remove_leftovers",
     "rescuing",
     "retire",
     "savable_generation_config",
     "saving",
     "seal",
     "tidy",
+    "unreadable",
 ]

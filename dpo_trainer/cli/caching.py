@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from ..cache_folders import cache_folder
+from ..printable import printable
 from ..reference.cache import Summary, prune, summaries
 from .parsing import parse_args
 
@@ -88,12 +89,12 @@ def look_after(arguments: CacheArguments, folder: Path) -> None:
 
 def show(found: Sequence[Summary], title: str) -> None:
     """Two lines for each reference: what it is, and how it was used."""
-    print(f"{title}: {len(found)}, {sum(each.bytes for each in found) / 1e6:,.1f} MB.")
+    print(f"{printable(title)}: {len(found)}, {sum(each.bytes for each in found) / 1e6:,.1f} MB.")
     for each in found:
         known = (
             f"{label} {text}" if label in LABELLED else text for label, text in each.about.items() if text != "none"
         )
-        print(f"\n{each.reference[:12]}  {each.problem or '; '.join(known)}")
+        print(f"\n{each.reference[:12]}  {printable(each.problem or '; '.join(known))}")
         print(
             f"{'':12}  {each.entries:,} log-probs, {each.bytes / 1e6:,.1f} MB; {each.hits:,} found, {each.computed:,} computed; "
             f"last used {each.used:%Y-%m-%d %H:%M} UTC"

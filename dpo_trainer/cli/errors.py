@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from ..printable import printable
+from ..printable import printable_lines
 
 FLAG = "--traceback"
 PATIENCE = 3.0  # seconds
@@ -43,12 +43,7 @@ class OneMessage:
         if rank:
             time.sleep(PATIENCE)
         who = f"{self.script} (rank {rank})" if rank else self.script
-        raise SystemExit(f"{who}: {in_lines(_text(error))}") from None
-
-
-def in_lines(text: str) -> str:
-    """The text with its line breaks, and everything else that drives a terminal written out."""
-    return "\n".join(map(printable, text.splitlines()))
+        raise SystemExit(f"{who}: {printable_lines(_text(error))}") from None
 
 
 def _text(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Audio, Dataset, Image, IterableDataset, List, Value, Video, concatenate_datasets
 from datasets.fingerprint import Hasher
 
+from .caching import flattened
 from .columns import IMAGES, REFUSED
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
@@ -51,12 +52,12 @@ def beside(rows: Dataset, images: Dataset) -> Dataset:
     """
     chosen = None if images._indices is None else images._indices.column(0).to_numpy()
     if chosen is None or 2 * len(chosen) < len(images.data) or len(np.unique(chosen)) < len(chosen):
-        return concatenate_datasets([rows, images], axis=1)
+        return concatenate_datasets([rows, flattened(images)], axis=1)
     place = np.zeros(len(images.data), dtype=np.int64)  # what stands beside an unseen image is unseen, too
     place[chosen] = np.arange(len(chosen))
     fingerprint = Hasher.hash([images._fingerprint, "whole"])
     whole = Dataset(images.data, info=images.info.copy(), split=images.split, fingerprint=fingerprint)
-    return concatenate_datasets([rows.select(place).flatten_indices(), whole], axis=1).select(chosen)
+    return concatenate_datasets([flattened(rows.select(place)), whole], axis=1).select(chosen)
 
 
 def alike(parts: Sequence[Dataset]) -> list[Dataset]:

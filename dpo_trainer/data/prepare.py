@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
-from .caching import how_to_map
+from .caching import map_cached
 from .columns import announce_unread, check_columns, compared_columns, read_columns
 from .content import content_id
 from .dates import dated
@@ -142,14 +142,17 @@ def _prepare_table(
     columns = plain.column_names
     read = read_columns(columns) + compared_columns(columns)  # what is the user's own is not even decoded
     with _progress_bars(not options.disable_tqdm):
-        mapped = plain.select_columns(read).map(
+        mapped = map_cached(
+            plain.select_columns(read),
             mapper,
+            mapper.tokenizer,
+            mapper.fingerprint(plain),
+            options.dataset_num_proc,
             batched=True,
             batch_size=BATCH,
             with_indices=True,
             remove_columns=read,
             features=Features(FEATURES | NOTES),
-            **how_to_map(mapper.tokenizer, mapper.fingerprint(plain), options.dataset_num_proc),
             desc=f"Tokenizing {mapper.label}",
         )
     facts = _facts(mapped)

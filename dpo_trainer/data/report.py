@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..cache_folders import write_text
+from ..printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -226,13 +227,15 @@ def report_table(reports: Sequence[DataReport]) -> str:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("data")
     for report in reports:
-        table.add_column(Text(report.name + " (so far)" * report.streaming), justify="right")
+        table.add_column(Text(printable(report.name) + " (so far)" * report.streaming), justify="right")
     for words, cells in _lines(reports, with_rows=len(reports) <= 2):
         table.add_row(words, *map(Text, cells))
     text = io.StringIO()
     Console(file=text, width=100_000, color_system=None).print(table)
     lines = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
-    return "\n".join([*lines, *(f" {report.name}: {report.source}" for report in reports if report.source)])
+    return "\n".join(
+        [*lines, *(f" {printable(report.name)}: {printable(report.source)}" for report in reports if report.source)]
+    )
 
 
 def _lines(reports: Sequence[DataReport], *, with_rows: bool) -> Iterable[tuple[str, list[str]]]:

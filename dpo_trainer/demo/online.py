@@ -18,6 +18,7 @@ from ..online.config import OnlineDPOConfig
 from ..online.feedback import Judge, Scores
 from ..online.samples import Sampled
 from ..online.trainer import OnlineDPOTrainer
+from ..printable import printable_lines
 from . import results, world
 from .base_model import demo_model_and_tokenizer
 from .results import Goal, Measurement, SavedModel
@@ -132,5 +133,5 @@ def _report(base: Path, trainer: OnlineDPOTrainer, began: float) -> list[Goal]:
         f"{world.TARGET_NAME}.",
         f"Model: {trainer.args.output_dir}   {time.perf_counter() - began:.0f} s in all.",
     ]
-    print("\n\n".join(lines))
+    print(printable_lines("\n\n".join(lines)))
     return reached

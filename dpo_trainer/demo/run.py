@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from ..config import DPOConfig
 from ..durable import STOPPED_BY_SIGNAL
+from ..printable import printable_lines
 from ..trainer import DPOTrainer
 from . import curves, results, world
 from .base_model import demo_model_and_tokenizer
@@ -91,7 +92,7 @@ def run_demo(config: DPOConfig, given: Collection[str]) -> DemoResult | None:
     started = time.perf_counter()
     config = demo_config(config, given)
     if config.process_index == 0:
-        print(_announcement(config))
+        print(printable_lines(_announcement(config)))
     with one_thread():
         with config.main_process_first(desc="the demo's base model"):
             base = demo_model_and_tokenizer(seed=config.seed)
@@ -171,7 +172,7 @@ def report(trainer: DPOTrainer, base: Path, checkpoints: Sequence[int], *, start
     text = _text(result, trainer)
     files["report"].write_text(text + "\n", encoding="utf-8")
     files["numbers"].write_text(json.dumps(_numbers(result), indent=2), encoding="utf-8")
-    print(text)
+    print(printable_lines(text))
     return result
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..config import DPOConfig
 from ..durable import STOPPED_BY_SIGNAL
+from ..printable import printable_lines
 from ..trainer import DPOTrainer
 from . import world
 from .pictures import DIFFERENCES, THINGS, Example, examples, shuffled
@@ -129,7 +130,7 @@ def report(base: Path, trainer: DPOTrainer, began: float) -> list[Goal]:
         "\n".join(f"    {goal}" for goal in reached),
         f"Pictures and answers: {page}   Model: {output}   {time.perf_counter() - began:.0f} s in all.",
     ]
-    print("\n\n".join(lines))
+    print(printable_lines("\n\n".join(lines)))
     return reached
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..printable import printable
 from .chapters import chapters
 from .findings import findings
 from .plots import plots
 from .result import Inspection
 from .show import CUT, READ, SCORED, Gap
-from .visible import printable
 
 TEMPLATE = "page.html"
 

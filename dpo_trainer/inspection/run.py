@@ -18,6 +18,7 @@ from ..data.encode import eos_token_id, text_tokenizer
 from ..data.image_text import ImageText
 from ..data.options import DataOptions
 from ..loading import load_processing_class
+from ..printable import printable
 from ..template_date import settle_date
 from .arguments import InspectionArguments
 from .collect import Collection
@@ -44,7 +45,8 @@ def run(arguments: InspectionArguments, script: ScriptArguments, model: ModelArg
     found = inspect(parts, tokenizer, config, model, arguments)
     folder = write(found, Path(arguments.output_dir))
     print_inspection(found)
-    print(f"Written: {folder / 'index.html'} and {folder / 'inspection.json'} ({found.seconds:.1f} s).")
+    written = f"Written: {folder / 'index.html'} and {folder / 'inspection.json'} ({found.seconds:.1f} s)."
+    print(printable(written))
     if found.rows.bad:
         print(f"{found.rows.bad} of {found.rows.read} rows cannot be read: training would stop at the first of them.")
     return int(found.rows.bad > 0)

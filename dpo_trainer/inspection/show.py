@@ -8,9 +8,10 @@ from typing import Any
 
 from ..data.report import DROPPED, Flag
 from ..data.truncate import PairIds
+from ..printable import printable
 from .checks import control_ids
 from .rows import Row
-from .visible import printable, with_white_space
+from .visible import with_white_space
 
 MOST = 400
 """Tokens shown of a prompt or a completion: the first and the last of them, which is where things go wrong."""

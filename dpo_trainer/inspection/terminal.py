@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..printable import printable
 from .chapters import Chapter, chapters
 from .findings import GOOD, NOTICE, PROBLEM, findings
 from .result import Inspection
 from .show import CUT, READ, SCORED, Gap, ShownRow, Stretch, Token
-from .visible import printable
 
 LEVELS = {PROBLEM: "bold red", NOTICE: "yellow", GOOD: "green"}
 ROLES = {"prompt": "blue", "chosen": "green", "rejected": "red", "between": "magenta"}

@@ -1,4 +1,4 @@
-"""Rows of data as they are shown: what a reader would not see is written out."""
+"""White space, which a reader would not see, is written out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..printable import printable
 
 
 def with_white_space(text: str) -> str:
-    """The same with spaces, line breaks and tabs as signs; a line break is kept after its sign."""
+    """As `printable`, with spaces, line breaks and tabs as signs; a line break is kept after its sign."""
     return "".join(WHITE_SPACE.get(char) or printable(char) for char in text)
 
 

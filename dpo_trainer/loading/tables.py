@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,6 +13,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
+from ..cache_folders import damage, is_sealed, written_whole
 from ..data.columns import PREPARED, TOKENIZED
 from .column_types import JSON, as_array, column_type, has_floats, holds_nan, wider
 
@@ -35,11 +34,12 @@ def table_of_rows(read: Callable[[], Iterator[dict[str, Any]]], files: list[str]
 
     The files are read twice: once to find types that hold every row, however late a column first has a value, and once
     to write. The table lies in the cache of `datasets` under a hash of the files' content, which is its fingerprint too:
-    a second run, or the same file in another place, reads that, and all that was computed from it.
+    a second run, or the same file in another place, reads that, and all that was computed from it. One that is not what was
+    written is made anew, with a warning.
     """
     fingerprint = _fingerprint(files, key)
     path = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "dpo_trainer" / fingerprint / "rows.arrow"
-    if not path.is_file():
+    if not _is_whole(path):
         logger.info("Reading %s into %s.", ", ".join(files), path)
         types = _types_of_columns(read())
         if not types:
@@ -48,6 +48,15 @@ def table_of_rows(read: Callable[[], Iterator[dict[str, Any]]], files: list[str]
     dataset = Dataset.from_file(str(path))
     dataset._fingerprint = fingerprint  # its own would depend on the time when the table was written
     return dataset
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file() or not is_sealed(path):  # by a release that wrote no checksum
+        return False
+    reason = damage(path)
+    if reason is not None:
+        logger.warning("The cached table %s is damaged (%s): it is made anew from the files.", path, reason)
+    return reason is None
 
 
 def no_rows(files: list[str]) -> str:
@@ -89,17 +98,16 @@ def _types_of_columns(rows: Iterator[dict[str, Any]]) -> dict[str, pa.DataType]:
 def _write(rows: Iterator[dict[str, Any]], types: dict[str, pa.DataType], path: Path, files: list[str]) -> None:
     """Under another name first: a run that is killed, or runs at the same time, leaves no half of a table behind."""
     schema = pa.schema(list(types.items()))
+    about: dict[str, int] = {"rows": 0}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-            try:
-                with pa.ipc.new_stream(part, schema) as writer:
-                    for number, block in enumerate(_blocks(rows)):
-                        writer.write_table(_table(block, number * BLOCK, types, schema, files))
-            except BaseException:
-                os.unlink(part.name)
-                raise
-        os.replace(part.name, path)
+        with (
+            written_whole(path, about) as part,
+            pa.OSFile(str(part), "wb") as stream,
+            pa.ipc.new_stream(stream, schema) as writer,
+        ):
+            for block in _blocks(rows):
+                writer.write_table(_table(block, about["rows"], types, schema, files))
+                about["rows"] += len(block)
     except OSError as error:
         raise ValueError(
             f"The dataset cache {path.parent} cannot be written ({error.strerror or error}). Make room there, or point "

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from ..batch import Text
-from ..data.caching import how_to_map
+from ..data.caching import map_cached
 from ..data.columns import IMAGES, REFUSED
 from ..data.encode import eos_token_id, tokenizer_fingerprint
 from ..data.errors import bad
@@ -156,11 +156,14 @@ class PromptData:
     def _mapped(self, dataset: Dataset, mapper: PromptMapper) -> Dataset:
         if not len(dataset):
             raise ValueError(f"The {mapper.name} data have no rows: give at least one prompt.")
-        return dataset.map(
+        return map_cached(
+            dataset,
             mapper,
+            mapper.tokenizer,
+            mapper.fingerprint(dataset),
+            self.args.dataset_num_proc,
             batched=True,
             with_indices=True,
-            **how_to_map(mapper.tokenizer, mapper.fingerprint(dataset), self.args.dataset_num_proc),
             desc=f"tokenizing the {mapper.name} prompts",
         )
 
