@@ -21,15 +21,13 @@ logger = logging.get_logger(__name__)
 
 
 class StepGuard(TrainerCallback):
-    """Looks at a step before it is made, and ends the run behind one."""
+    """Looks at a step before it is made."""
 
     def __init__(self, trainer: DurableTrainer):
         self.trainer = trainer
-        self.stop = False
         self.said_no_gradient = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop = False
         if state.global_step and args.should_save:  # resumed: what a kill left undone
             tidy(Path(args.output_dir))
             self.trainer.keep_newest(Path(args.output_dir))
@@ -40,8 +38,11 @@ class StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        verdict = trainer.watch.verdict(trainer.sum_over_ranks, stop_asked=trainer.stop_asked)
-        self.stop = self.stop or verdict.stop_asked
+        verdict = trainer.watch.verdict(
+            trainer.sum_over_ranks, stop_asked=trainer.stop_asked, interrupted=trainer.signals.interrupted
+        )
+        if verdict.stop_asked:
+            trainer.stop_after_step(interrupted=verdict.interrupted)
         if verdict.finite:
             self._say_no_gradient(verdict, state.global_step + 1)
             return
@@ -68,16 +69,6 @@ class StepGuard(TrainerCallback):
         trainer._initial_global_step += 1  # the mean loss of the run is over the steps that were made
         trainer.skipped_steps += 1
         logger.warning(f"{verdict.problem(step)}: it was left out, number {trainer.skipped_steps} of this run.")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop:
-            control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
-            self.trainer.stopped_by_signal = True
-            logger.warning(f"Told to stop (SIGTERM): saving after step {state.global_step}.")
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop:  # saved already
-            control.should_save = control.should_evaluate = False
 
 
 class MoveReference(TrainerCallback):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,15 @@ from .checkpoints import (
 )
 from .data.sampling import BalancedSampler
 from .failures import StepWatch
+from .lasting_output import lasting_output
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
 from .save_checks import warn_of_another_kind
 from .sharding import own_part
+from .signals import INTERRUPTED, STOPPED_BY_SIGNAL, StopSignals, how_to_go_on
+from .stopping import Ending, MakeUpEvaluation
 
 logger = logging.get_logger(__name__)
-
-STOPPED_BY_SIGNAL = 75
-"""Exit code of a script whose run was told to stop, and saved: "try again" (EX_TEMPFAIL of sysexits.h)."""
 
 
 class DurableTrainer(Trainer):
@@ -63,8 +62,12 @@ class DurableTrainer(Trainer):
         if self.args.nonfinite == "skip" and self.is_deepspeed_enabled:
             raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
         self.watch = StepWatch()
-        self.stop_asked = False  # this rank was told to stop
-        self.stopped_by_signal = False  # all ranks did, and saved
+        self.signals = StopSignals(says=self.args.process_index == 0)
+        self.exit_code: int | None = None
+        """Of a script whose run was told to stop; None for one that was not."""
+        self.ending = Ending()
+        self.add_callback(MakeUpEvaluation(self))
+        self.evaluated_as: tuple[Any, Any] = (None, None)  # trial and ignored keys of the run, for its evaluations
         self.skipped_steps = 0
         self.row_order = torch.Generator()  # of samplers that draw the order of rows, seeded anew with each epoch
         self._aside: Path | None = None  # where the checkpoint is written that has no name yet
@@ -103,22 +106,74 @@ class DurableTrainer(Trainer):
 
     # --- a run, from its checkpoint to its end ---
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
         """As `Trainer.train`. `resume_from_checkpoint`: a folder; True or "true" for the newest whole checkpoint in
         `output_dir`; "auto" for that one, or none where there is none yet.
 
-        At SIGTERM the step under way is finished and saved, and `stopped_by_signal` is set.
+        At SIGTERM, SIGHUP or Ctrl-C the step under way is finished and saved, `stopped_by_signal` is set, and the way to go on is
+        logged; a second Ctrl-C is a KeyboardInterrupt at once.
         """
         self._resuming = self._same_on_all_ranks(
             lambda: checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, force=self.args.force_resume)
         )
-        self.stop_asked = self.stopped_by_signal = self._attempted = False
+        self.evaluated_as = (trial, ignore_keys_for_eval)
+        self.exit_code, self._attempted = None, False
+        self.signals.begin()
+        self.ending.begin()
         self.watch.clear()
         self.begin_counting()
         if self.model_init is None:
             self.know_run()
-        with self._heeding_sigterm():
-            return super().train(self._resuming, *args, **kwargs)
+        with self.signals.heeded(), lasting_output(lambda: self.stop_asked):
+            output = super().train(self._resuming, trial, ignore_keys_for_eval)
+            if self.stopped_by_signal:
+                self._say_how_to_go_on()
+        return output
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The checkpoint that this run goes on from."""
+        return self._resuming
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether this rank was told to stop."""
+        return self.signals.first is not None
+
+    @stop_asked.setter
+    def stop_asked(self, asked: bool) -> None:
+        """By a program: as by SIGTERM."""
+        self.signals.first = signal.SIGTERM if asked else None
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether the run ended early because a rank was told to stop. It is saved then."""
+        return self.exit_code is not None
+
+    def stop_after_step(self, *, interrupted: bool) -> None:
+        """On all ranks, before an optimizer step: it is the last one. `interrupted`: by Ctrl-C."""
+        self.ending.asked = True
+        self.exit_code = INTERRUPTED if interrupted else STOPPED_BY_SIGNAL
+        name = "Ctrl-C" if interrupted else self.signals.first.name if self.signals.first else "on another rank"
+        logger.warning(f"Told to stop ({name}): saving after step {self.state.global_step + 1}.")
+
+    def _say_how_to_go_on(self) -> None:
+        step = self.state.global_step
+        if self.args.save_only_model:
+            logger.warning(f"Stopped and saved after step {step}. --save_only_model: there is nothing to resume from.")
+            return
+        logger.warning(f"Stopped and saved after step {step}. To go on:\n  {how_to_go_on()}")
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """After all callbacks at the end of a step, and of an epoch, had their say."""
+        if self.ending.asked:
+            self.ending.settle(self.control, self.state)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def know_run(self) -> None:
         """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
@@ -155,22 +210,6 @@ class DurableTrainer(Trainer):
         if problem is not None:
             raise ValueError(problem)
         return value
-
-    @contextlib.contextmanager
-    def _heeding_sigterm(self) -> Iterator[None]:
-        """While it trains; Python delivers signals to its main thread alone."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            self.stop_asked = True
-
-        before = signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Called by `auto_find_batch_size` before each attempt."""
@@ -239,7 +278,8 @@ class DurableTrainer(Trainer):
     def _name_best(self, run_folder: Path, final: Path) -> None:
         """By the name that it has from now on, not by the one it was written under."""
         best = run_folder / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == final or best.exists()):
+        planned = self.state.best_global_step not in self.ending.unplanned
+        if self.state.best_global_step and planned and (best == final or best.exists()):
             self.state.best_model_checkpoint = str(best)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -267,7 +307,8 @@ class DurableTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         state, tensors = self.run_state()
         if self.args.should_save:
-            write_state(Path(output_dir), self.identity, {**state, "skipped_steps": self.skipped_steps}, tensors)
+            own = {"skipped_steps": self.skipped_steps, "ending": self.ending.state_dict()}
+            write_state(Path(output_dir), self.identity, {**state, **own}, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         files = sorted(path.name for path in Path(resume_from_checkpoint).glob("*model*.safetensors"))
@@ -297,6 +338,8 @@ class DurableTrainer(Trainer):
             live.put_back(self.optimizer, self.lr_scheduler)
         state, tensors = read_state(Path(checkpoint))
         self.skipped_steps = state.pop("skipped_steps")
+        if "ending" in state:  # not in older checkpoints
+            self.ending.load_state_dict(state.pop("ending"))
         self.load_run_state(state, tensors)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -306,7 +349,8 @@ class DurableTrainer(Trainer):
         return where
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one more step
+        # Resumed at its end, or stopped early by the evaluation that was made up: Trainer would make one more step.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         self.row_order.manual_seed(self.order_seed + epoch)

@@ -25,6 +25,7 @@ class Verdict(NamedTuple):
     stop_asked: bool  # on any rank
     ids: list[int]  # of the bad pairs of this rank
     no_gradient: bool = False  # of every weight it is 0
+    interrupted: bool = False  # by Ctrl-C, on any rank
 
     @property
     def finite(self) -> bool:
@@ -51,20 +52,20 @@ class StepWatch:
         """Called for every micro-batch; launches nothing."""
         self.seen.append((parts.batch.example_ids, parts.losses.detach()))
 
-    def verdict(self, gather: Callable[[Tensor], Tensor], *, stop_asked: bool) -> Verdict:
+    def verdict(self, gather: Callable[[Tensor], Tensor], *, stop_asked: bool, interrupted: bool = False) -> Verdict:
         """`gather` sums over ranks. Every rank must call."""
         seen, norm = self.seen, self.gradient_norm
         self.clear()
         if not seen:
-            return Verdict(0, False, stop_asked, [])
+            return Verdict(0, False, stop_asked, [], interrupted=interrupted)
         ids, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         bad = ~torch.isfinite(losses)
         size = torch.as_tensor(1.0 if norm is None else norm, device=losses.device)
-        stop = torch.tensor(stop_asked, device=losses.device)
-        here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0])
-        pairs, gradients, stops, moves = gather(here.float()).tolist()
+        stop, ctrl_c = torch.tensor([stop_asked, interrupted], device=losses.device)
+        here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0, ctrl_c])
+        pairs, gradients, stops, moves, ctrl_cs = gather(here.float()).tolist()
         own = list(dict.fromkeys(ids[bad].tolist())) if pairs else []  # pairs of one row have one id
-        return Verdict(int(pairs), gradients > 0, stops > 0, own, no_gradient=moves == 0)
+        return Verdict(int(pairs), gradients > 0, stops > 0, own, moves == 0, ctrl_cs > 0)
 
 
 def non_finite_error(verdict: Verdict, step: int, ways_out: Sequence[str] = ()) -> FloatingPointError:

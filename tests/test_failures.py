@@ -155,7 +155,7 @@ def test_what_another_rank_met_stops_this_one(what):
     watch = StepWatch()
     watch.watch(watched([4], [1.0]))
     watch.gradient_norm = torch.tensor(1.0)
-    found = verdict(watch, lambda sums: sums + torch.eye(4)[at])
+    found = verdict(watch, lambda sums: sums + torch.eye(5)[at])
     assert found.finite == (what == "signal")
     assert found.stop_asked == (what == "signal")
     if what == "losses":
@@ -170,7 +170,7 @@ def test_no_gradient_is_none_on_any_rank(norm, elsewhere, want):
     watch = StepWatch()
     watch.watch(watched([4], [1.0]))
     watch.gradient_norm = norm
-    found = verdict(watch, lambda sums: sums + elsewhere * torch.eye(4)[3])
+    found = verdict(watch, lambda sums: sums + elsewhere * torch.eye(5)[3])
     assert found.no_gradient == want
     assert found.finite
 

@@ -29,6 +29,9 @@ ORDER: list[set[str]] = [
     {"loading"},
     {"reference_check", "checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
     {
+        "lasting_output",
+        "signals",
+        "stopping",
         "template_date",
         "assembly",
         "run_identity",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import DPOConfig
+from ..signals import telling_command
 from .parsing import parse_args
 
 
@@ -24,9 +25,10 @@ def run_script(
         script, model, config, given = parse_args(argv, config_kind)
     except ValueError as error:
         raise SystemExit(f"{name}: {error}") from None
-    if model.model_name_or_path is None:
-        demo(config, given)
-        return
-    if "output_dir" not in given and config.process_index == 0:
-        print(f"No --output_dir was given: writing to {config.output_dir}.")
-    train(script, model, config)
+    with telling_command(argv, name):
+        if model.model_name_or_path is None:
+            demo(config, given)
+            return
+        if "output_dir" not in given and config.process_index == 0:
+            print(f"No --output_dir was given: writing to {config.output_dir}.")
+        train(script, model, config)
