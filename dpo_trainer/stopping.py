@@ -18,11 +18,11 @@ class Ending:
     """
 
     def __init__(self) -> None:
-        self.unplanned: set[int] = set()
-        """Steps that were saved for a stop alone: a run that was not stopped has no such checkpoint, and cannot call it its best."""
         self.begin()
 
     def begin(self) -> None:
+        self.unplanned: set[int] = set()
+        """Steps that were saved for a stop alone: a run that was not stopped has no such checkpoint, and cannot call it its best."""
         self.evaluation_due = False
         self.asked = False  # all ranks agreed to stop
         self._saved = self._save_due = self._at_end_of_epoch = False
