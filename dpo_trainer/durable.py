@@ -26,18 +26,21 @@ from .callbacks import StepGuard
 from .checkpoints import (
     ASIDE,
     checkpoint_to_resume,
+    failure,
     fresh_aside,
     load_default_adapter,
     load_renamed,
+    mark_failed,
     publish,
     rescuing,
     retire,
     savable_generation_config,
     saving,
     seal,
+    unmark,
 )
 from .data.sampling import BalancedSampler
-from .failures import StepWatch
+from .failures import StepWatch, number_of_bad_tensors, precision_ways_out
 from .lasting_output import lasting_output
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
@@ -68,7 +71,9 @@ class DurableTrainer(Trainer):
         self.ending = Ending()
         self.add_callback(MakeUpEvaluation(self))
         self.evaluated_as: tuple[Any, Any] = (None, None)  # trial and ignored keys of the run, for its evaluations
-        self.skipped_steps = 0
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.unproven: list[Path] = []
+        """Checkpoints since which no forward pass was finite, on all ranks: older ones are not retired for them yet."""
         self.row_order = torch.Generator()  # of samplers that draw the order of rows, seeded anew with each epoch
         self._aside: Path | None = None  # where the checkpoint is written that has no name yet
         self._resuming: str | None = None
@@ -104,6 +109,10 @@ class DurableTrainer(Trainer):
         """Forget what a step has counted that was not made."""
         return
 
+    def forward_again(self) -> Tensor | None:
+        """What the weights as they are now make of rows of the last step that was finite; None where there are none. On all ranks."""
+        return None
+
     # --- a run, from its checkpoint to its end ---
 
     def train(
@@ -123,6 +132,8 @@ class DurableTrainer(Trainer):
         )
         self.evaluated_as = (trial, ignore_keys_for_eval)
         self.exit_code, self._attempted = None, False
+        self.unproven = [] if self._resuming is None else [Path(self._resuming)]
+        self.skipped_in_a_row = 0
         self.signals.begin()
         self.ending.begin()
         self.watch.clear()
@@ -261,15 +272,61 @@ class DurableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
-        if main:
-            self.keep_newest(run_folder)
+        # It retires the older ones once a step after it is finite. No step was made since others of which that is not known either.
+        earlier, self.unproven = [path for path in self.unproven if path != final], [final]
+        if main and self.args.save_total_limit:
+            for checkpoint in earlier:
+                if checkpoint.parent == run_folder and str(checkpoint) != self.state.best_model_checkpoint:
+                    retire(checkpoint)
+
+    def proven(self) -> None:
+        """On all ranks, after a forward pass that was finite: so are the weights of the newest checkpoint, and older ones may go."""
+        if self.unproven and self.args.should_save:
+            for checkpoint in self.unproven:
+                unmark(checkpoint)
+            self.keep_newest(self._run_folder())
+        self.unproven = []
+
+    def disown(self, problem: str) -> str:
+        """Mark the checkpoints that no finite step followed, on all ranks. Returns what an error says of them."""
+        mine = [path for path in self.unproven if path.parent.resolve() == self._run_folder().resolve()]
+        if self.args.should_save:
+            for checkpoint in mine:
+                mark_failed(checkpoint, problem)
+        self.unproven = []
+        if not mine:
+            return ""
+        return (
+            f" No step after {mine[-1]} was finite, so that it is marked: --resume_from_checkpoint auto goes on from the one before "
+            "it, or begins anew where there is none. Name it to resume it all the same."
+        )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any):
+        if not self.stopped_by_signal:
+            self._prove_last_step()
+        self.watch.finite_batch = None
+        return super()._finalize_training(*args, **kwargs)
+
+    def _prove_last_step(self) -> None:
+        """No step follows whose losses would show what became of the weights."""
+        bad = number_of_bad_tensors(self.model, self.forward_again(), self.args.device)
+        if not self.sum_over_ranks(bad).item():
+            self.proven()
+            return
+        problem = f"After step {self.state.global_step}, the last one, the weights or their log-probs are not finite"
+        ways = ["Lower the learning rate", "set --max_grad_norm", *precision_ways_out(self.args, self.model)]
+        raise FloatingPointError(f"{problem}. {', '.join(ways[:-1])}, or {ways[-1]}.{self.disown(problem)}")
+
+    def _run_folder(self) -> Path:
+        return Path(self._get_output_dir(self.evaluated_as[0]))
 
     def keep_newest(self, run_folder: Path) -> None:
-        """At most `save_total_limit` checkpoints, the best and the newest among them."""
+        """At most `save_total_limit` checkpoints, the best and the newest among them. Failed ones are the first to go."""
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
         there = sort_checkpoints(str(run_folder), use_mtime=True)
+        there.sort(key=lambda path: failure(Path(path)) is None)
         spared = {str(self.state.best_model_checkpoint), *there[-1:]} & set(there)
         surplus = max(0, len(there) - max(limit, len(spared)))
         for checkpoint in [path for path in there if path not in spared][:surplus]:
@@ -307,7 +364,11 @@ class DurableTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         state, tensors = self.run_state()
         if self.args.should_save:
-            own = {"skipped_steps": self.skipped_steps, "ending": self.ending.state_dict()}
+            own = {
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "ending": self.ending.state_dict(),
+            }
             write_state(Path(output_dir), self.identity, {**state, **own}, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -338,7 +399,8 @@ class DurableTrainer(Trainer):
             live.put_back(self.optimizer, self.lr_scheduler)
         state, tensors = read_state(Path(checkpoint))
         self.skipped_steps = state.pop("skipped_steps")
-        if "ending" in state:  # not in older checkpoints
+        self.skipped_in_a_row = state.pop("skipped_in_a_row", 0)  # not in older checkpoints
+        if "ending" in state:
             self.ending.load_state_dict(state.pop("ending"))
         self.load_run_state(state, tensors)
 

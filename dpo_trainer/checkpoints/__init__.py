@@ -12,6 +12,7 @@ A kill at any moment leaves the folder under its name complete, or absent, or co
 from __future__ import annotations
 
 from .as_given import GivenConfig, savable_generation_config
+from .failed import MARK, failure, mark_failed, unmark
 from .folders import (
     ASIDE,
     checked_checkpoint,
@@ -32,15 +33,18 @@ from .weights import load_default_adapter, load_renamed
 __all__ = [
     "ASIDE",
     "MANIFEST",
+    "MARK",
     "CheckpointError",
     "GivenConfig",
     "broken_file",
     "checked_checkpoint",
     "checkpoint_to_resume",
+    "failure",
     "fresh_aside",
     "last_whole_checkpoint",
     "load_default_adapter",
     "load_renamed",
+    "mark_failed",
     "numbered",
     "publish",
     "recover",
@@ -50,4 +54,5 @@ __all__ = [
     "saving",
     "seal",
     "tidy",
+    "unmark",
 ]
