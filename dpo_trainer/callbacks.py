@@ -50,7 +50,9 @@ class StepGuard(TrainerCallback):
             self._give_up(verdict, state.global_step + 1)
         elif trainer.skipped_in_a_row == args.max_skipped_steps:
             self._give_up(
-                verdict, state.global_step + 1, f", and {args.max_skipped_steps} steps before it were left out"
+                verdict,
+                state.global_step + 1,
+                f", and --max_skipped_steps {args.max_skipped_steps} in a row before it were left out",
             )
         else:
             self._leave_out(verdict, state.global_step + 1)
