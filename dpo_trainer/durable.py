@@ -41,7 +41,6 @@ from .checkpoints import (
 )
 from .data.sampling import BalancedSampler
 from .failures import StepWatch, number_of_bad_tensors, precision_ways_out
-from .lasting_output import lasting_output
 from .live_settings import LiveSettings
 from .run_state import read_state, readable, refuse_another_run, write_state
 from .save_checks import warn_of_another_kind
@@ -109,8 +108,8 @@ class DurableTrainer(Trainer):
         """Forget what a step has counted that was not made."""
         return
 
-    def forward_again(self) -> Tensor | None:
-        """What the weights as they are now make of rows of the last step that was finite; None where there are none. On all ranks."""
+    def forward_again(self, batch: Any) -> Tensor | None:
+        """What the weights as they are now make of a micro-batch, of the last step that was finite. On all ranks."""
         return None
 
     # --- a run, from its checkpoint to its end ---
@@ -140,7 +139,7 @@ class DurableTrainer(Trainer):
         self.begin_counting()
         if self.model_init is None:
             self.know_run()
-        with self.signals.heeded(), lasting_output(lambda: self.stop_asked):
+        with self.signals.heeded():
             output = super().train(self._resuming, trial, ignore_keys_for_eval)
             if self.stopped_by_signal:
                 self._say_how_to_go_on()
@@ -302,14 +301,20 @@ class DurableTrainer(Trainer):
         )
 
     def _finalize_training(self, *args: Any, **kwargs: Any):
+        self.watch.finite_batch, batch = None, self.watch.finite_batch
         if not self.stopped_by_signal:
-            self._prove_last_step()
-        self.watch.finite_batch = None
-        return super()._finalize_training(*args, **kwargs)
+            self._prove_last_step(batch)
+            return super()._finalize_training(*args, **kwargs)
+        # Not the end of the run: its best model is not known yet, and the newest checkpoint stays, whatever the limit.
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        output = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return output
 
-    def _prove_last_step(self) -> None:
+    def _prove_last_step(self, batch: Any) -> None:
         """No step follows whose losses would show what became of the weights."""
-        bad = number_of_bad_tensors(self.model, self.forward_again(), self.args.device)
+        scores = None if batch is None else self.forward_again(batch)
+        bad = number_of_bad_tensors(self.model, scores, self.args.device)
         if not self.sum_over_ranks(bad).item():
             self.proven()
             return

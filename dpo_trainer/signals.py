@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+from .lasting_output import lasting_output
+
 STOPPED_BY_SIGNAL = 75
 """Exit code of a script whose run was told to stop from outside, and saved: "try again" (EX_TEMPFAIL of sysexits.h)."""
 
@@ -53,7 +55,8 @@ class StopSignals:
         for number in own:
             signal.signal(number, self._note)
         try:
-            yield
+            with lasting_output(lambda: self.first is not None):
+                yield
         finally:
             for number in own:
                 signal.signal(number, before[number])

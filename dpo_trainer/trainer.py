@@ -572,10 +572,7 @@ class DPOTrainer(DurableTrainer):
         self.metrics["train"].back_to(table)
         self.objective.shift.back_to(shift)
 
-    def forward_again(self) -> Tensor | None:
-        batch = self.watch.finite_batch
-        if batch is None:
-            return None
+    def forward_again(self, batch: PairBatch) -> Tensor:
         model = self.model_wrapped
         model.eval()
         with torch.no_grad(), evaluation(self.model, self.accelerator), self.compute_loss_context_manager():

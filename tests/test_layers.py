@@ -27,9 +27,17 @@ ORDER: list[set[str]] = [
     {"config_checks", "engine_checks", "number_checks", "optimizer_checks"},
     {"config"},
     {"loading"},
-    {"reference_check", "checkpoints", "fillers", "micro_batches", "run_state", "live_settings", "failures"},
     {
+        "reference_check",
+        "checkpoints",
+        "fillers",
+        "micro_batches",
+        "run_state",
+        "live_settings",
+        "failures",
         "lasting_output",
+    },
+    {
         "signals",
         "stopping",
         "template_date",

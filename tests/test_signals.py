@@ -89,6 +89,7 @@ def assert_resumed_is_uninterrupted(folder: Path, at: int, whole: DPOTrainer, bu
     stopped.train()
     assert stopped.stopped_by_signal
     assert stopped.state.global_step == at
+    assert (folder / f"checkpoint-{at}").is_dir(), "whatever the limit, and whichever is the best"
     assert not any("eval_loss" in line for line in stopped.state.log_history if line["step"] == at)
     resumed = build(folder)
     resumed.train(resume_from_checkpoint="auto")
