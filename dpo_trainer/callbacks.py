@@ -24,18 +24,15 @@ logger = logging.get_logger(__name__)
 
 
 class StepGuard(TrainerCallback):
-    """Looks at a step before it is made, and ends the run behind one."""
+    """Looks at a step before it is made."""
 
     def __init__(self, trainer: DurableTrainer):
         self.trainer = trainer
-        self.stop = False
         self.said_no_gradient = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop = False
         if state.global_step and args.should_save:  # resumed: what a kill left undone
             tidy(Path(args.output_dir))
-            self.trainer.keep_newest(Path(args.output_dir))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.mark = self.trainer.mark_step()
@@ -43,15 +40,34 @@ class StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        verdict = trainer.watch.verdict(trainer.sum_over_ranks, stop_asked=trainer.stop_asked)
-        self.stop = self.stop or verdict.stop_asked
+        verdict = trainer.watch.verdict(
+            trainer.sum_over_ranks, stop_asked=trainer.stop_asked, interrupted=trainer.signals.interrupted
+        )
+        if verdict.stop_asked:
+            trainer.stop_after_step(interrupted=verdict.interrupted)
         if verdict.finite:
+            trainer.skipped_in_a_row = 0
+            trainer.proven()
             self._say_no_gradient(verdict, state.global_step + 1)
-            return
-        if args.nonfinite == "stop":
-            skip = [] if trainer.is_deepspeed_enabled else ["leave such steps out with --nonfinite skip"]
-            raise non_finite_error(verdict, state.global_step + 1, [*precision_ways_out(args, trainer.model), *skip])
-        self._leave_out(verdict, state.global_step + 1)
+        elif args.nonfinite == "stop":
+            self._give_up(verdict, state.global_step + 1)
+        elif trainer.skipped_in_a_row == args.max_skipped_steps:
+            self._give_up(
+                verdict,
+                state.global_step + 1,
+                f", and --max_skipped_steps {args.max_skipped_steps} in a row before it were left out",
+            )
+        else:
+            self._leave_out(verdict, state.global_step + 1)
+
+    def _give_up(self, verdict: Verdict, step: int, after: str = "") -> None:
+        args, trainer = self.trainer.args, self.trainer
+        ways = precision_ways_out(args, trainer.model)
+        if after:
+            ways.append(f"raise --max_skipped_steps, which is {args.max_skipped_steps}")
+        elif not trainer.is_deepspeed_enabled:
+            ways.append("leave such steps out with --nonfinite skip")
+        raise non_finite_error(verdict, step, ways, after=after, then=trainer.disown(verdict.problem(step)))
 
     def _say_no_gradient(self, verdict: Verdict, step: int) -> None:
         if verdict.no_gradient and not self.said_no_gradient:
@@ -70,17 +86,8 @@ class StepGuard(TrainerCallback):
         trainer._tr_loss.copy_(self.loss_before)
         trainer._initial_global_step += 1  # the mean loss of the run is over the steps that were made
         trainer.skipped_steps += 1
+        trainer.skipped_in_a_row += 1
         logger.warning(f"{verdict.problem(step)}: it was left out, number {trainer.skipped_steps} of this run.")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop:
-            control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
-            self.trainer.stopped_by_signal = True
-            logger.warning(f"Told to stop (SIGTERM): saving after step {state.global_step}.")
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop:  # saved already
-            control.should_save = control.should_evaluate = False
 
 
 class MoveReference(TrainerCallback):

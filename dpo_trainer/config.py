@@ -355,6 +355,13 @@ class DPOConfig(TrainingArguments):
             "out, with a count and the ids of the pairs.",
         ),
     )
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "With --nonfinite skip: the most steps in a row that are left out; one more stops the run, for then the weights are "
+            "at fault."
+        },
+    )
     force_resume: bool = field(
         default=False,
         metadata={

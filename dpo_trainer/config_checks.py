@@ -105,6 +105,11 @@ def check_template_date(config: DPOConfig) -> None:
 def check_nonfinite(config: DPOConfig) -> None:
     if config.nonfinite == "skip" and config.deepspeed:
         raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
+    most, default = config.max_skipped_steps, type(config).max_skipped_steps
+    if config.nonfinite != "skip" and most != default:
+        raise ValueError(
+            f"--max_skipped_steps {most} would be ignored: steps are left out with --nonfinite skip alone. Add it, or leave this out."
+        )
 
 
 def check_cache(config: DPOConfig) -> None:

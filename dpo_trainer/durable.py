@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,11 @@ from .checkpoints import (
     check_optimizer_files,
     check_trainer_state,
     checkpoint_to_resume,
+    failure,
     fresh_aside,
     load_default_adapter,
     load_renamed,
+    mark_failed,
     publish,
     remove_leftovers,
     rescuing,
@@ -39,19 +40,19 @@ from .checkpoints import (
     savable_generation_config,
     saving,
     seal,
+    unmark,
     unreadable,
 )
 from .data.sampling import BalancedSampler
-from .failures import StepWatch
+from .failures import StepWatch, number_of_bad_tensors, precision_ways_out
 from .live_settings import LiveSettings
 from .run_state import STATE_FILE, read_state, readable, refuse_another_run, write_state
 from .save_checks import warn_of_another_kind
 from .sharding import own_part
+from .signals import INTERRUPTED, STOPPED_BY_SIGNAL, StopSignals, how_to_go_on
+from .stopping import Ending, MakeUpEvaluation
 
 logger = logging.get_logger(__name__)
-
-STOPPED_BY_SIGNAL = 75
-"""Exit code of a script whose run was told to stop, and saved: "try again" (EX_TEMPFAIL of sysexits.h)."""
 
 
 class DurableTrainer(Trainer):
@@ -67,9 +68,15 @@ class DurableTrainer(Trainer):
         if self.args.nonfinite == "skip" and self.is_deepspeed_enabled:
             raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
         self.watch = StepWatch()
-        self.stop_asked = False  # this rank was told to stop
-        self.stopped_by_signal = False  # all ranks did, and saved
-        self.skipped_steps = 0
+        self.signals = StopSignals(says=self.args.process_index == 0)
+        self.exit_code: int | None = None
+        """Of a script whose run was told to stop; None for one that was not."""
+        self.ending = Ending()
+        self.add_callback(MakeUpEvaluation(self))
+        self.evaluated_as: tuple[Any, Any] = (None, None)  # trial and ignored keys of the run, for its evaluations
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.unproven: list[Path] = []
+        """Checkpoints since which no forward pass was finite, on all ranks: older ones are not retired for them yet."""
         self.row_order = torch.Generator()  # of samplers that draw the order of rows, seeded anew with each epoch
         self._aside: Path | None = None  # where the checkpoint is written that has no name yet
         self._resuming: str | None = None
@@ -105,26 +112,84 @@ class DurableTrainer(Trainer):
         """Forget what a step has counted that was not made."""
         return
 
+    def forward_again(self, batch: Any) -> Tensor | None:
+        """What the weights as they are now make of a micro-batch, of the last step that was finite. On all ranks."""
+        return None
+
     # --- a run, from its checkpoint to its end ---
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ):
         """As `Trainer.train`. `resume_from_checkpoint`: a folder; True or "true" for the newest whole checkpoint in
         `output_dir`; "auto" for that one, or none where there is none yet.
 
-        At SIGTERM the step under way is finished and saved, and `stopped_by_signal` is set.
+        At SIGTERM, SIGHUP or Ctrl-C the step under way is finished and saved, `stopped_by_signal` is set, and the way to go on is
+        logged; a second Ctrl-C is a KeyboardInterrupt at once.
         """
         self._resuming = self._same_on_all_ranks(
             lambda: checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, force=self.args.force_resume)
         )
-        self.stop_asked = self.stopped_by_signal = self._attempted = False
+        self.evaluated_as = (trial, ignore_keys_for_eval)
+        self.exit_code, self._attempted = None, False
+        self.unproven = [] if self._resuming is None else [Path(self._resuming)]
+        self.skipped_in_a_row = 0
+        self.signals.begin()
+        self.ending.begin()
         self.watch.clear()
         self.begin_counting()
         if self.model_init is None:
             self.know_run()
         if self._resuming is not None:
             check_trainer_state(self._resuming)
-        with self._heeding_sigterm():
-            return super().train(self._resuming, *args, **kwargs)
+        with self.signals.heeded():
+            output = super().train(self._resuming, trial, ignore_keys_for_eval)
+            if self.stopped_by_signal:
+                self._say_how_to_go_on()
+        return output
+
+    @property
+    def resumed_from(self) -> str | None:
+        """The checkpoint that this run goes on from."""
+        return self._resuming
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether this rank was told to stop."""
+        return self.signals.first is not None
+
+    @stop_asked.setter
+    def stop_asked(self, asked: bool) -> None:
+        """By a program: as by SIGTERM."""
+        self.signals.first = signal.SIGTERM if asked else None
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether the run ended early because a rank was told to stop. It is saved then."""
+        return self.exit_code is not None
+
+    def stop_after_step(self, *, interrupted: bool) -> None:
+        """On all ranks, before an optimizer step: it is the last one. `interrupted`: by Ctrl-C."""
+        self.ending.asked = True
+        self.exit_code = INTERRUPTED if interrupted else STOPPED_BY_SIGNAL
+        name = "Ctrl-C" if interrupted else self.signals.first.name if self.signals.first else "on another rank"
+        logger.warning(f"Told to stop ({name}): saving after step {self.state.global_step + 1}.")
+
+    def _say_how_to_go_on(self) -> None:
+        step = self.state.global_step
+        if self.args.save_only_model:
+            logger.warning(f"Stopped and saved after step {step}. --save_only_model: there is nothing to resume from.")
+            return
+        logger.warning(f"Stopped and saved after step {step}. To go on:\n  {how_to_go_on()}")
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """After all callbacks at the end of a step, and of an epoch, had their say."""
+        if self.ending.asked:
+            self.ending.settle(self.control, self.state)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def know_run(self) -> None:
         """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
@@ -161,22 +226,6 @@ class DurableTrainer(Trainer):
         if problem is not None:
             raise ValueError(problem)
         return value
-
-    @contextlib.contextmanager
-    def _heeding_sigterm(self) -> Iterator[None]:
-        """While it trains; Python delivers signals to its main thread alone."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            self.stop_asked = True
-
-        before = signal.signal(signal.SIGTERM, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Called by `auto_find_batch_size` before each attempt."""
@@ -228,15 +277,67 @@ class DurableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
-        if main:
-            self.keep_newest(run_folder)
+        # It retires the older ones once a step after it is finite. No step was made since others of which that is not known either.
+        earlier, self.unproven = [path for path in self.unproven if path != final], [final]
+        if main and self.args.save_total_limit:
+            for checkpoint in earlier:
+                if checkpoint.parent == run_folder and str(checkpoint) != self.state.best_model_checkpoint:
+                    retire(checkpoint)
+
+    def proven(self) -> None:
+        """On all ranks, after a forward pass that was finite: so are the weights of the newest checkpoint, and older ones may go."""
+        if self.unproven and self.args.should_save:
+            for checkpoint in self.unproven:
+                unmark(checkpoint)
+            self.keep_newest(self._run_folder())
+        self.unproven = []
+
+    def disown(self, problem: str) -> str:
+        """Mark the checkpoints that no finite step followed, on all ranks. Returns what an error says of them."""
+        mine = [path for path in self.unproven if path.parent.resolve() == self._run_folder().resolve()]
+        if self.args.should_save:
+            for checkpoint in mine:
+                mark_failed(checkpoint, problem)
+        self.unproven = []
+        if not mine:
+            return ""
+        return (
+            f" No step after {mine[-1]} was finite, so that it is marked: --resume_from_checkpoint auto goes on from the one before "
+            "it, or begins anew where there is none. Name it to resume it all the same."
+        )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any):
+        self.watch.finite_batch, batch = None, self.watch.finite_batch
+        if not self.stopped_by_signal:
+            self._prove_last_step(batch)
+            return super()._finalize_training(*args, **kwargs)
+        # Not the end of the run: its best model is not known yet, and the newest checkpoint stays, whatever the limit.
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        output = super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = best
+        return output
+
+    def _prove_last_step(self, batch: Any) -> None:
+        """No step follows whose losses would show what became of the weights."""
+        scores = None if batch is None else self.forward_again(batch)
+        bad = number_of_bad_tensors(self.model, scores, self.args.device)
+        if not self.sum_over_ranks(bad).item():
+            self.proven()
+            return
+        problem = f"After step {self.state.global_step}, the last one, the weights or their log-probs are not finite"
+        ways = ["Lower the learning rate", "set --max_grad_norm", *precision_ways_out(self.args, self.model)]
+        raise FloatingPointError(f"{problem}. {', '.join(ways[:-1])}, or {ways[-1]}.{self.disown(problem)}")
+
+    def _run_folder(self) -> Path:
+        return Path(self._get_output_dir(self.evaluated_as[0]))
 
     def keep_newest(self, run_folder: Path) -> None:
-        """At most `save_total_limit` checkpoints, the best and the newest among them."""
+        """At most `save_total_limit` checkpoints, the best and the newest among them. Failed ones are the first to go."""
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
         there = sort_checkpoints(str(run_folder), use_mtime=True)
+        there.sort(key=lambda path: failure(Path(path)) is None)
         spared = {str(self.state.best_model_checkpoint), *there[-1:]} & set(there)
         surplus = max(0, len(there) - max(limit, len(spared)))
         for checkpoint in [path for path in there if path not in spared][:surplus]:
@@ -245,7 +346,8 @@ class DurableTrainer(Trainer):
     def _name_best(self, run_folder: Path, final: Path) -> None:
         """By the name that it has from now on, not by the one it was written under."""
         best = run_folder / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best == final or best.exists()):
+        planned = self.state.best_global_step not in self.ending.unplanned
+        if self.state.best_global_step and planned and (best == final or best.exists()):
             self.state.best_model_checkpoint = str(best)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -274,7 +376,12 @@ class DurableTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         state, tensors = self.run_state()
         if self.args.should_save:
-            write_state(Path(output_dir), self.identity, {**state, "skipped_steps": self.skipped_steps}, tensors)
+            own = {
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "ending": self.ending.state_dict(),
+            }
+            write_state(Path(output_dir), self.identity, {**state, **own}, tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         files = sorted(path.name for path in Path(resume_from_checkpoint).glob("*model*.safetensors"))
@@ -305,6 +412,9 @@ class DurableTrainer(Trainer):
         state, tensors = read_state(Path(checkpoint))
         with naming(checkpoint, STATE_FILE, (LookupError, TypeError, AttributeError)):
             self.skipped_steps = state.pop("skipped_steps")
+            self.skipped_in_a_row = state.pop("skipped_in_a_row", 0)  # not in older checkpoints
+            if "ending" in state:
+                self.ending.load_state_dict(state.pop("ending"))
             self.load_run_state(state, tensors)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -326,7 +436,8 @@ class DurableTrainer(Trainer):
         return where
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would make one more step
+        # Resumed at its end, or stopped early by the evaluation that was made up: Trainer would make one more step.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         self.row_order.manual_seed(self.order_seed + epoch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .batch import PairBatch
 from .metrics import StepParts
+from .sharding import own_part
 
 FIRST = 20  # ids that a message names
 
@@ -25,6 +26,7 @@ class Verdict(NamedTuple):
     stop_asked: bool  # on any rank
     ids: list[int]  # of the bad pairs of this rank
     no_gradient: bool = False  # of every weight it is 0
+    interrupted: bool = False  # by Ctrl-C, on any rank
 
     @property
     def finite(self) -> bool:
@@ -41,38 +43,54 @@ class StepWatch:
     """Everything that all ranks must agree on before an optimizer step, in one collective and one wait."""
 
     def __init__(self) -> None:
+        self.finite_batch: PairBatch | None = None  # the last micro-batch of the last step that was finite
         self.clear()
 
     def clear(self) -> None:
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.gradient_norm: Tensor | float | None = None
+        self.newest: PairBatch | None = None
 
     def watch(self, parts: StepParts) -> None:
         """Called for every micro-batch; launches nothing."""
         self.seen.append((parts.batch.example_ids, parts.losses.detach()))
+        self.newest = parts.batch
 
-    def verdict(self, gather: Callable[[Tensor], Tensor], *, stop_asked: bool) -> Verdict:
+    def verdict(self, gather: Callable[[Tensor], Tensor], *, stop_asked: bool, interrupted: bool = False) -> Verdict:
         """`gather` sums over ranks. Every rank must call."""
-        seen, norm = self.seen, self.gradient_norm
+        seen, norm, newest = self.seen, self.gradient_norm, self.newest
         self.clear()
         if not seen:
-            return Verdict(0, False, stop_asked, [])
+            return Verdict(0, False, stop_asked, [], interrupted=interrupted)
         ids, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         bad = ~torch.isfinite(losses)
         size = torch.as_tensor(1.0 if norm is None else norm, device=losses.device)
-        stop = torch.tensor(stop_asked, device=losses.device)
-        here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0])
-        pairs, gradients, stops, moves = gather(here.float()).tolist()
+        stop, ctrl_c = torch.tensor([stop_asked, interrupted], device=losses.device)
+        here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0, ctrl_c])
+        pairs, gradients, stops, moves, ctrl_cs = gather(here.float()).tolist()
         own = list(dict.fromkeys(ids[bad].tolist())) if pairs else []  # pairs of one row have one id
-        return Verdict(int(pairs), gradients > 0, stops > 0, own, no_gradient=moves == 0)
+        found = Verdict(int(pairs), gradients > 0, stops > 0, own, moves == 0, ctrl_cs > 0)
+        if found.finite:
+            self.finite_batch = newest
+        return found
 
 
-def non_finite_error(verdict: Verdict, step: int, ways_out: Sequence[str] = ()) -> FloatingPointError:
-    """`ways_out`: what the options of the run leave to try, besides the rows and the learning rate."""
+def non_finite_error(
+    verdict: Verdict, step: int, ways_out: Sequence[str] = (), *, after: str = "", then: str = ""
+) -> FloatingPointError:
+    """`ways_out`: what the options of the run leave to try, besides the rows and the learning rate. `then`: of its checkpoints."""
     ways = ["Look at these rows", "lower the learning rate", *ways_out]
     return FloatingPointError(
-        f"{verdict.problem(step)}. The weights were not updated. {', '.join(ways[:-1])}, or {ways[-1]}."
+        f"{verdict.problem(step)}{after}. The weights were not updated. {', '.join(ways[:-1])}, or {ways[-1]}.{then}"
     )
+
+
+def number_of_bad_tensors(model: nn.Module, scores: Tensor | None, device: torch.device) -> Tensor:
+    """How many of the trained weights, as far as this rank holds them, and of the scores are not finite: a number, float32."""
+    trained = [own_part(getattr(p, "ds_tensor", p)).detach() for p in model.parameters() if p.requires_grad]
+    tensors = [tensor for tensor in (*trained, scores) if tensor is not None and tensor.is_floating_point()]
+    bad = [(~torch.isfinite(tensor)).any().to(device) for tensor in tensors]
+    return torch.stack([torch.zeros((), dtype=torch.bool, device=device), *bad]).sum().float()
 
 
 def precision_ways_out(args: Any, model: nn.Module) -> list[str]:

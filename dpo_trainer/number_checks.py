@@ -49,6 +49,7 @@ BOUNDS = {
     "max_steps": Bounds(least=1, whole=True, also=(-1,)),
     "num_train_epochs": Bounds(above_least=True),
     "dataloader_num_workers": Bounds(whole=True),
+    "max_skipped_steps": COUNT,
     "learning_rate": Bounds(),
     "weight_decay": Bounds(),
     "max_grad_norm": Bounds(),

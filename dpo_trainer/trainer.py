@@ -573,6 +573,13 @@ class DPOTrainer(DurableTrainer):
         self.metrics["train"].back_to(table)
         self.objective.shift.back_to(shift)
 
+    def forward_again(self, batch: PairBatch) -> Tensor:
+        model = self.model_wrapped
+        model.eval()
+        with torch.no_grad(), evaluation(self.model, self.accelerator), self.compute_loss_context_manager():
+            scored = self.scorer(model, batch)
+        return torch.cat([scored.chosen, scored.rejected])
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without a tokenizer that cannot be written down: a run shall not end at its first checkpoint for it."""
         own = self.processing_class

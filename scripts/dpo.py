@@ -11,8 +11,8 @@ on, or the two see different tokens. Later lines show the loss falling and rewar
 appears if that is bought with falling log-probs of the chosen answers. The model is then in --output_dir, with
 train_results.json and eval_results.json beside it. `--help` lists every option.
 
-At SIGTERM (a machine that is taken away) the run finishes its step, saves and exits with code 75; with
---resume_from_checkpoint auto the same command begins, or goes on from its newest whole checkpoint.
+At Ctrl-C (exit code 130), SIGTERM and SIGHUP (75) the run finishes its step, saves, and prints the command that goes on; a second
+Ctrl-C ends it at once. With --resume_from_checkpoint auto the same command begins, or goes on from its newest whole checkpoint.
 """
 
 from __future__ import annotations

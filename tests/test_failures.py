@@ -7,17 +7,20 @@ import math
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 from dpo_trainer import register_loss
 from dpo_trainer.batch import PairBatch, PairLogps
+from dpo_trainer.checkpoints import MARK, broken_file, failure, mark_failed
 from dpo_trainer.data.collate import flat_inputs, padded_inputs
 from dpo_trainer.durable import STOPPED_BY_SIGNAL
 from dpo_trainer.failures import (
@@ -148,16 +151,16 @@ def test_the_watch_names_a_row_of_several_pairs_once():
     assert verdict(watch).ids == [7, 3]
 
 
-@pytest.mark.parametrize("what", ["losses", "gradients", "signal"])
+@pytest.mark.parametrize("what", ["losses", "gradients", "signal", "Ctrl-C"])
 def test_what_another_rank_met_stops_this_one(what):
     """This rank is fine; the sums over ranks say that another is not."""
-    at = ["losses", "gradients", "signal"].index(what)
+    at = {"losses": 0, "gradients": 1, "signal": 2, "Ctrl-C": 4}[what]
     watch = StepWatch()
     watch.watch(watched([4], [1.0]))
     watch.gradient_norm = torch.tensor(1.0)
-    found = verdict(watch, lambda sums: sums + torch.eye(4)[at])
-    assert found.finite == (what == "signal")
-    assert found.stop_asked == (what == "signal")
+    found = verdict(watch, lambda sums: sums + torch.eye(5)[at])
+    assert found.finite == (what in ("signal", "Ctrl-C"))
+    assert (found.stop_asked, found.interrupted) == (what == "signal", what == "Ctrl-C")
     if what == "losses":
         assert "on another rank" in found.problem(1)
 
@@ -170,7 +173,7 @@ def test_no_gradient_is_none_on_any_rank(norm, elsewhere, want):
     watch = StepWatch()
     watch.watch(watched([4], [1.0]))
     watch.gradient_norm = norm
-    found = verdict(watch, lambda sums: sums + elsewhere * torch.eye(4)[3])
+    found = verdict(watch, lambda sums: sums + elsewhere * torch.eye(5)[3])
     assert found.no_gradient == want
     assert found.finite
 
@@ -230,6 +233,169 @@ def test_skip_leaves_the_running_shift_of_bco_alone(tmp_path):
 def test_skip_with_deepspeed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--nonfinite skip cannot keep DeepSpeed from its optimizer step"):
         tiny.config(tmp_path, nonfinite="skip", deepspeed={"zero_optimization": {"stage": 1}})
+
+
+def with_bad_rows(*steps: int) -> Dataset:
+    """For batches of 2 rows in their order."""
+    rows = tiny.rows(12)
+    for step in steps:
+        rows[2 * step - 1]["chosen"] = " " + "a" * 40
+    return Dataset.from_list(rows)
+
+
+def test_skip_gives_up_after_steps_in_a_row(tmp_path):
+    how = {"nonfinite": "skip", "max_skipped_steps": 1}
+    apart, _ = sequential(tmp_path / "apart", train=with_bad_rows(2, 4, 6), **how)
+    apart.train()
+    assert apart.skipped_steps == 3
+    together, after = sequential(tmp_path / "together", train=with_bad_rows(2, 4, 5), **how)
+    with pytest.raises(FloatingPointError) as caught:
+        together.train()
+    said = str(caught.value)
+    assert "optimizer step 5 is not finite" in said
+    assert "and --max_skipped_steps 1 in a row before it were left out" in said
+    assert "or raise --max_skipped_steps, which is 1." in said
+    tiny.assert_same_weights(tiny.weights(together.model), after.seen[2])
+
+
+def test_steps_in_a_row_are_counted_across_a_resume(tmp_path):
+    how = {
+        "train": with_bad_rows(3, 4),
+        "nonfinite": "skip",
+        "max_skipped_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    first, _ = sequential(tmp_path, max_steps=3, **how)
+    first.train()
+    resumed, _ = sequential(tmp_path, **how)
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite.* 1 in a row before it were left out"):
+        resumed.train(resume_from_checkpoint="auto")
+
+
+# --- checkpoints of weights that are of no use ---
+
+
+class Spike(TrainerCallback):
+    """A rate so high that the update leaves weights that are finite, and of which no forward pass is."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e36 if state.global_step + 1 == self.step else 1e-3
+
+
+def spiked(folder: Path, step: int | None, *callbacks: TrainerCallback, **options: Any) -> Any:
+    how = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "optim": "adamw_torch"}
+    parts = {"callbacks": [Spike(step or 0), *callbacks]}
+    return tiny.trainer(folder, parts=parts, **{**how, **options})
+
+
+def there(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_a_checkpoint_that_fails_at_once_is_stepped_over(tmp_path, caplog):
+    whole = spiked(tmp_path / "whole", None)
+    whole.train()
+    assert there(tmp_path / "whole") == ["checkpoint-6"]
+    folder = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"step 4 .*No step after .*checkpoint-3 was finite"):
+        spiked(folder, 3).train()
+    assert there(folder) == ["checkpoint-2", "checkpoint-3"], "the last good one is there"
+    assert broken_file(folder / "checkpoint-3") is None
+    saved = load_file(folder / "checkpoint-3" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in saved.values())
+    resumed = spiked(folder, None)
+    resumed.train(resume_from_checkpoint="auto")
+    assert "checkpoint-3 is skipped: it failed at once (The loss of optimizer step 4 is not finite" in caplog.text
+    assert f"Resuming from {folder / 'checkpoint-2'}" in caplog.text
+    tiny.assert_same_weights(tiny.weights(resumed.model), tiny.weights(whole.model))
+    assert there(folder) == ["checkpoint-6"]
+
+
+def test_a_checkpoint_without_a_mark_gets_one_as_it_fails(tmp_path):
+    """Written by an earlier release, or by a run that was killed before its next step."""
+    with pytest.raises(FloatingPointError):
+        spiked(tmp_path, 3, save_total_limit=None).train()
+    (tmp_path / "checkpoint-3" / MARK).unlink()
+    with pytest.raises(FloatingPointError, match="auto goes on from the one before"):
+        spiked(tmp_path, None).train(resume_from_checkpoint="auto")
+    assert there(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"], "nothing was retired for it"
+    spiked(tmp_path, None).train(resume_from_checkpoint="auto")
+    assert there(tmp_path) == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_the_last_step_is_looked_at_too(strategy, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match="After step 4, the last one, the weights or their log-probs are not finite"
+    ):
+        spiked(tmp_path, 4, max_steps=4, save_strategy=strategy).train()
+    if strategy == "no":
+        return
+    assert there(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+    resumed = spiked(tmp_path, None, max_steps=4)
+    resumed.train(resume_from_checkpoint="auto")
+    assert all(weight.isfinite().all() for weight in tiny.weights(resumed.model).values())
+    assert there(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_last_step_that_was_left_out_is_no_fault_of_the_weights(tmp_path):
+    trainer, _ = sequential(
+        tmp_path, train=with_bad_rows(6), nonfinite="skip", save_strategy="steps", save_total_limit=1
+    )
+    trainer.train()
+    assert there(tmp_path) == ["checkpoint-6"]
+
+
+def test_skip_gives_up_on_weights_and_leaves_the_last_good_checkpoint(tmp_path):
+    """Of the checkpoints without a finite step after them the newest alone is kept: they have the same weights."""
+    how = {"nonfinite": "skip", "max_skipped_steps": 2}
+    with pytest.raises(
+        FloatingPointError, match=r"step 6 is not finite.* 2 in a row before it were left out.*checkpoint-5 was finite"
+    ):
+        spiked(tmp_path, 3, **how).train()
+    assert there(tmp_path) == ["checkpoint-2", "checkpoint-5"]
+    resumed = spiked(tmp_path, None, **how)
+    resumed.train(resume_from_checkpoint="auto")
+    assert resumed.skipped_steps == 0
+    assert there(tmp_path) == ["checkpoint-6"]
+
+
+def test_after_a_signal_the_resumed_run_retires_the_older_checkpoint(tmp_path):
+    spiked(tmp_path, None, Terminate(2)).train()
+    assert there(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    spiked(tmp_path, None, Terminate(3), save_steps=100).train(resume_from_checkpoint="auto")
+    assert there(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_marked_checkpoint_that_is_named_is_used_and_loses_its_mark(tmp_path):
+    spiked(tmp_path, None, max_steps=2).train()
+    mark_failed(tmp_path / "checkpoint-2", "a row was bad")
+    spiked(tmp_path, None, max_steps=3, save_total_limit=None).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
+    assert not (tmp_path / "checkpoint-2" / MARK).exists()
+
+
+def test_a_lone_checkpoint_that_failed_lets_auto_begin_anew(tmp_path, caplog):
+    spiked(tmp_path, None, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / MARK).write_text("{")
+    made = spiked(tmp_path, None, save_steps=3, max_steps=1)
+    made.train(resume_from_checkpoint="auto")
+    assert "starting fresh" in caplog.text
+    assert there(tmp_path) == ["checkpoint-1"], "the one that failed goes first"
+
+
+def test_a_mark_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / MARK).mkdir()
+    mark_failed(tmp_path, "no number")
+    assert "could not be marked as failed" in caplog.text
+    mark_failed(tmp_path / "gone", "no number")
+    assert failure(tmp_path) is None
 
 
 # --- too little memory ---
@@ -310,7 +476,7 @@ def test_auto_find_batch_size_trains_with_what_fits(tmp_path):
     trainer, _ = sequential(tmp_path, per_device_train_batch_size=6, auto_find_batch_size=True, **how)
     tried = out_of_memory_above(3, trainer)
     trainer.train()
-    assert tried == [6, 5, 4, 3, 3, 3]
+    assert tried == [6, 5, 4, 3, 3, 3, 3]  # three steps, and a look at what the last one made of the weights
     want, _ = sequential(tmp_path, per_device_train_batch_size=3, **how)
     want.train()
     tiny.assert_same_weights(tiny.weights(trainer.model), tiny.weights(want.model))

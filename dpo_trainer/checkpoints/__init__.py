@@ -12,6 +12,7 @@ A kill at any moment leaves the folder under its name complete, or absent, or co
 from __future__ import annotations
 
 from .as_given import GivenConfig, savable_generation_config
+from .failed import MARK, failure, mark_failed, unmark
 from .folders import (
     ASIDE,
     checked_checkpoint,
@@ -35,6 +36,7 @@ __all__ = [
     "ASIDE",
     "DRY_RUN",
     "MANIFEST",
+    "MARK",
     "CheckpointError",
     "GivenConfig",
     "broken_file",
@@ -42,10 +44,12 @@ __all__ = [
     "check_trainer_state",
     "checked_checkpoint",
     "checkpoint_to_resume",
+    "failure",
     "fresh_aside",
     "last_whole_checkpoint",
     "load_default_adapter",
     "load_renamed",
+    "mark_failed",
     "numbered",
     "publish",
     "recover",
@@ -56,5 +60,6 @@ __all__ = [
     "saving",
     "seal",
     "tidy",
+    "unmark",
     "unreadable",
 ]

@@ -9,6 +9,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from .failed import failure
 from .manifest import MANIFEST, broken_file, sync
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,13 @@ def recover(output_dir: Path) -> None:
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The usable checkpoint-N of the highest N; broken ones are skipped with a warning. None if there is none.
+    """The usable checkpoint-N of the highest N; broken and failed ones are skipped with a warning. None if there is none.
 
     For the main process alone: it reads whole checkpoints, and may give one its name back (`recover`).
     """
     recover(output_dir)
     for checkpoint in numbered(output_dir):
-        reason = broken_file(checkpoint)
+        reason = failure(checkpoint) or broken_file(checkpoint)
         if reason is None:
             return checkpoint
         logger.warning(f"{checkpoint} is skipped: {reason}.")

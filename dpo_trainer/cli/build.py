@@ -9,7 +9,6 @@ import torch
 
 from ..cache_folders import naming
 from ..config import DPOConfig
-from ..durable import STOPPED_BY_SIGNAL
 from ..loading import load_processing_class, make_quantization_config
 from ..trainer import DPOTrainer
 from .arguments import ModelArguments, ScriptArguments, make_peft_config, merged_init_kwargs
@@ -58,10 +57,10 @@ def _parts(script: ScriptArguments, model: ModelArguments, config: DPOConfig) ->
 
 
 def train_and_save(trainer: DPOTrainer) -> None:
-    """Train, evaluate where there is something to evaluate on, save. A run that was told to stop ends with code 75."""
+    """Train, evaluate where there is something to evaluate on, save. A run that was told to stop ends with its exit code."""
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     if trainer.stopped_by_signal:
-        raise SystemExit(STOPPED_BY_SIGNAL)
+        raise SystemExit(trainer.exit_code)
     trainer.save_model()  # before anything that may fail
     _report(trainer, "train", result.metrics)
     trainer.save_state()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import DPOConfig
+from ..signals import telling_command
 from .errors import OneMessage
 from .parsing import parse_args
 
@@ -21,7 +22,7 @@ def run_script(
 
     Both import what they need when they are called, for that takes seconds, and --help does without.
     """
-    with OneMessage(name, argv) as shown:
+    with OneMessage(name, argv) as shown, telling_command(argv, name):
         script, model, config, given = parse_args(argv, config_kind)
         shown.traceback |= script.traceback
         if model.model_name_or_path is None:

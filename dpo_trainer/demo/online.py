@@ -13,7 +13,6 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..durable import STOPPED_BY_SIGNAL
 from ..online.config import OnlineDPOConfig
 from ..online.feedback import Judge, Scores
 from ..online.samples import Sampled
@@ -101,7 +100,7 @@ def train(base: Path, config: OnlineDPOConfig) -> OnlineDPOTrainer:
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if trainer.stopped_by_signal:
-        raise SystemExit(STOPPED_BY_SIGNAL)
+        raise SystemExit(trainer.exit_code)
     trainer.save_model()
     return trainer
 

@@ -15,7 +15,6 @@ import torch
 from transformers import TrainerCallback
 
 from ..config import DPOConfig
-from ..durable import STOPPED_BY_SIGNAL
 from ..printable import printable_lines
 from ..trainer import DPOTrainer
 from . import curves, results, world
@@ -133,7 +132,7 @@ def _train(base: Path, config: DPOConfig) -> tuple[DPOTrainer, list[int]]:
     )
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if trainer.stopped_by_signal:
-        raise SystemExit(STOPPED_BY_SIGNAL)
+        raise SystemExit(trainer.exit_code)
     trainer.save_state()
     trainer.save_model()
     if config.push_to_hub:

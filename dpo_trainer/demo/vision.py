@@ -13,7 +13,6 @@ from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..config import DPOConfig
-from ..durable import STOPPED_BY_SIGNAL
 from ..printable import printable_lines
 from ..trainer import DPOTrainer
 from . import world
@@ -78,7 +77,7 @@ def train(base: Path, config: DPOConfig) -> DPOTrainer:
     trainer = DPOTrainer(model=str(base), args=config, train_dataset=rows(TRAINING, held_out=False, seed=config.seed))
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if trainer.stopped_by_signal:
-        raise SystemExit(STOPPED_BY_SIGNAL)
+        raise SystemExit(trainer.exit_code)
     trainer.save_model()
     return trainer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,3 +300,34 @@ def test_it_may_be_down_again(tmp_path):
     online.train(resume_from_checkpoint="auto")
     assert online.state.global_step == 6
     assert len(online.generator.sampled) == 4
+
+
+class Interrupted:
+    """A generator that is told to stop in one of its calls."""
+
+    def __init__(self, inner: Any, call: int):
+        self.inner, self.call, self.calls = inner, call, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.call:
+            signal.raise_signal(signal.SIGINT)
+        return self.inner(*args, **how)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_ctrl_c_while_sampling_ends_after_the_step_and_changes_nothing(every, tmp_path):
+    """With an evaluation due after it, which samples as well and is made up."""
+    how = {"generate_every": every, "save_strategy": "no", **evaluating()}
+    whole = run(build(tmp_path / "whole", **how))
+    stopped = build(tmp_path / "run", **how)
+    stopped.generator = Interrupted(stopped.generator, 1)
+    stopped.train()
+    assert (stopped.exit_code, stopped.state.global_step) == (130, 1)
+    assert not any("eval_loss" in line for line in stopped.state.log_history)
+    got = run(build(tmp_path / "run", **how), tmp_path / "run" / "checkpoint-1")
+    assert sum("eval_loss" in line for line in got.log) == 6
+    assert_same(got, whole)
