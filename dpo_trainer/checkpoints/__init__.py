@@ -18,36 +18,54 @@ from .folders import (
     checkpoint_to_resume,
     fresh_aside,
     last_whole_checkpoint,
+    names_a_folder,
     numbered,
+    of_this_run,
     publish,
     recover,
     retire,
+    step_of,
+    surplus,
     tidy,
 )
-from .manifest import MANIFEST, broken_file, seal
-from .rescue import rescuing
+from .lock import hold_folder, is_held_elsewhere
+from .manifest import MANIFEST, broken_file, run_of, seal
+from .rescue import WEIGHTS, rescuing
+from .run_record import RECORD, RunRecord, read_record, write_record
 from .saving import CheckpointError, saving
 from .weights import load_default_adapter, load_renamed
 
 __all__ = [
     "ASIDE",
     "MANIFEST",
+    "RECORD",
+    "WEIGHTS",
     "CheckpointError",
     "GivenConfig",
+    "RunRecord",
     "broken_file",
     "checked_checkpoint",
     "checkpoint_to_resume",
     "fresh_aside",
+    "hold_folder",
+    "is_held_elsewhere",
     "last_whole_checkpoint",
     "load_default_adapter",
     "load_renamed",
+    "names_a_folder",
     "numbered",
+    "of_this_run",
     "publish",
+    "read_record",
     "recover",
     "rescuing",
     "retire",
+    "run_of",
     "savable_generation_config",
     "saving",
     "seal",
+    "step_of",
+    "surplus",
     "tidy",
+    "write_record",
 ]
