@@ -102,9 +102,14 @@ class OutputFolder:
         if self.claimed:
             return
         self.claimed = True
-        if self.fresh:
-            self._move_results_aside()
-        write_record(self.path, self.record, self.path / ASIDE)
+        try:
+            if self.fresh:
+                self._move_results_aside()
+            write_record(self.path, self.record, self.path / ASIDE)
+        except OSError as error:  # the first checkpoint says what to do about that disk
+            logger.warning(
+                f"{self.path} could not be marked as this run's ({error}): --resume_from_checkpoint auto may go on with another's."
+            )
 
     def own(self, run_folder: Path) -> list[Path]:
         """The checkpoints of this run in `run_folder`, highest number first."""

@@ -448,6 +448,7 @@ ROUND_TRIP = {
     "merge_lora_configs": True,
     "nonfinite": "skip",
     "force_resume": True,
+    "force_output_dir": True,
     "use_separate_reference_adapter": False,
     "sync_ref_model": True,
     "ref_model_mixup_alpha": (0.25, {"sync_ref_model": True}),
