@@ -35,6 +35,8 @@ class StepGuard(TrainerCallback):
             tidy(Path(args.output_dir))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.trainer.folder.claim()
         self.mark = self.trainer.mark_step()
         self.loss_before = self.trainer._tr_loss.clone()
 

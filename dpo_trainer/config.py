@@ -370,6 +370,14 @@ class DPOConfig(TrainingArguments):
         },
     )
 
+    force_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Train although another process trains or saves in --output_dir, which is an error otherwise: checkpoints can become a "
+            "mix of both runs."
+        },
+    )
+
     # --- defaults that differ from transformers ---
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of the optimizer."})
     logging_steps: float = field(

@@ -19,20 +19,21 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import has_length, sort_checkpoints
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from .callbacks import StepGuard
 from .checkpoints import (
     ASIDE,
+    RunRecord,
     check_optimizer_files,
     check_trainer_state,
     checkpoint_to_resume,
-    failure,
     fresh_aside,
     load_default_adapter,
     load_renamed,
     mark_failed,
+    names_a_folder,
     publish,
     remove_leftovers,
     rescuing,
@@ -46,6 +47,7 @@ from .checkpoints import (
 from .data.sampling import BalancedSampler
 from .failures import StepWatch, number_of_bad_tensors, precision_ways_out
 from .live_settings import LiveSettings
+from .output_folder import OutputFolder
 from .run_state import STATE_FILE, read_state, readable, refuse_another_run, write_state
 from .save_checks import warn_of_another_kind
 from .sharding import own_part
@@ -67,6 +69,7 @@ class DurableTrainer(Trainer):
         # Here as well as in the config, which does not see what `accelerate launch` switches on.
         if self.args.nonfinite == "skip" and self.is_deepspeed_enabled:
             raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
+        self.folder = OutputFolder(self.args)
         self.watch = StepWatch()
         self.signals = StopSignals(says=self.args.process_index == 0)
         self.exit_code: int | None = None
@@ -130,9 +133,7 @@ class DurableTrainer(Trainer):
         At SIGTERM, SIGHUP or Ctrl-C the step under way is finished and saved, `stopped_by_signal` is set, and the way to go on is
         logged; a second Ctrl-C is a KeyboardInterrupt at once.
         """
-        self._resuming = self._same_on_all_ranks(
-            lambda: checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, force=self.args.force_resume)
-        )
+        self._take_folder(resume_from_checkpoint, trial)
         self.evaluated_as = (trial, ignore_keys_for_eval)
         self.exit_code, self._attempted = None, False
         self.unproven = [] if self._resuming is None else [Path(self._resuming)]
@@ -190,6 +191,18 @@ class DurableTrainer(Trainer):
         if self.ending.asked:
             self.ending.settle(self.control, self.state)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _take_folder(self, asked: str | bool | None, trial: Any) -> None:
+        """For this run, with the checkpoint that it goes on from. The trials of a search have folders of their own."""
+
+        def decided() -> tuple[str | None, RunRecord]:
+            if trial is None:
+                self.folder.hold(self)
+            found = checkpoint_to_resume(asked, self.args.output_dir, force=self.args.force_resume, needs=STATE_FILE)
+            return found, self.folder.decide(found, named=names_a_folder(asked))
+
+        self._resuming, record = self._same_on_all_ranks(decided)
+        self.folder.begin(record, fresh=self._resuming is None, shared=trial is not None)
 
     def know_run(self) -> None:
         """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
@@ -272,7 +285,7 @@ class DurableTrainer(Trainer):
             if main:
                 self._name_best(run_folder, final)
                 self.state.save_to_json(str(run_folder / ASIDE / final.name / TRAINER_STATE_NAME))
-                seal(run_folder / ASIDE / final.name)
+                seal(run_folder / ASIDE / final.name, self.folder.record.run)
                 publish(run_folder / ASIDE / final.name, final)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -332,16 +345,9 @@ class DurableTrainer(Trainer):
         return Path(self._get_output_dir(self.evaluated_as[0]))
 
     def keep_newest(self, run_folder: Path) -> None:
-        """At most `save_total_limit` checkpoints, the best and the newest among them. Failed ones are the first to go."""
-        limit = self.args.save_total_limit
-        if limit is None or limit <= 0:
-            return
-        there = sort_checkpoints(str(run_folder), use_mtime=True)
-        there.sort(key=lambda path: failure(Path(path)) is None)
-        spared = {str(self.state.best_model_checkpoint), *there[-1:]} & set(there)
-        surplus = max(0, len(there) - max(limit, len(spared)))
-        for checkpoint in [path for path in there if path not in spared][:surplus]:
-            retire(Path(checkpoint))
+        """At most `save_total_limit` checkpoints, the best and the newest among them."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        self.folder.keep(run_folder, limit, self.state.global_step, best)
 
     def _name_best(self, run_folder: Path, final: Path) -> None:
         """By the name that it has from now on, not by the one it was written under."""
@@ -359,9 +365,14 @@ class DurableTrainer(Trainer):
         if self._aside is not None or not self.args.should_save:  # of a checkpoint, an earlier one is left
             self._save_to(folder, state_dict)
             return
+        here = folder == self.folder.path
+        if here and self.is_world_process_zero():
+            self.folder.hold(self)
         with rescuing(folder, self.model, state_dict, lambda elsewhere: self._save_to(elsewhere, state_dict)):
             remove_leftovers(folder)
             self._save_to(folder, state_dict)
+        if here:
+            self.folder.warn_of_leftovers()
 
     def _save_to(self, folder: Path, state_dict: dict | None) -> None:
         given = None if state_dict is None else dict(state_dict)  # transformers takes out what it has written

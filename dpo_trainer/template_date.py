@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 from .cache_folders import cache_folder, written_whole
-from .checkpoints import numbered
+from .checkpoints import names_a_folder, of_this_run
 from .config import DPOConfig
 from .data.dates import checked_date, writes_date
 from .data.encode import text_tokenizer
@@ -70,10 +70,9 @@ def _decided(args: DPOConfig, remembered: Path | None) -> RunDate:
 
 def _checkpoints(args: DPOConfig) -> list[Path]:
     """That may be resumed, as far as can be known before `train` is called: the likeliest first."""
-    asked = str(args.resume_from_checkpoint)
-    if asked.lower() not in ("none", "false", "auto", "true"):
-        return [Path(asked)]
-    return numbered(Path(str(args.output_dir)))
+    if names_a_folder(args.resume_from_checkpoint):
+        return [Path(str(args.resume_from_checkpoint))]
+    return of_this_run(Path(str(args.output_dir)))
 
 
 # --- beside a cache of the reference, which has no use for tokens of another day ---

@@ -455,6 +455,7 @@ ROUND_TRIP = {
     "nonfinite": "skip",
     "max_skipped_steps": (3, {"nonfinite": "skip"}),
     "force_resume": True,
+    "force_output_dir": True,
     "use_separate_reference_adapter": False,
     "sync_ref_model": True,
     "ref_model_mixup_alpha": (0.25, {"sync_ref_model": True}),

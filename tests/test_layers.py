@@ -48,6 +48,7 @@ ORDER: list[set[str]] = [
         "model_card",
         "callbacks",
         "save_checks",
+        "output_folder",
         "best_metric",
     },
     {"durable"},

@@ -523,7 +523,7 @@ def test_arguments_that_json_cannot_hold_do_not_end_the_run(tmp_path):
     json.loads((kept(tmp_path, 2) / "training_args.json").read_text())
 
 
-@pytest.mark.parametrize("word", ["auto", "true", "path"])
+@pytest.mark.parametrize("word", ["true", "path"])
 def test_save_only_model_does_not_resume(word, saved):
     checkpoint = saved["full", True]
     where = str(checkpoint) if word == "path" else word

@@ -19,15 +19,21 @@ from .folders import (
     checkpoint_to_resume,
     fresh_aside,
     last_whole_checkpoint,
+    names_a_folder,
     numbered,
+    of_this_run,
     publish,
     recover,
     retire,
+    step_of,
+    surplus,
     tidy,
 )
 from .leftovers import DRY_RUN, remove_leftovers
-from .manifest import MANIFEST, broken_file, seal
-from .rescue import rescuing
+from .lock import hold_folder, is_held_elsewhere
+from .manifest import MANIFEST, broken_file, run_of, seal
+from .rescue import WEIGHTS, rescuing
+from .run_record import RECORD, RunRecord, read_record, write_record
 from .saving import CheckpointError, saving
 from .state_files import check_optimizer_files, check_trainer_state, unreadable
 from .weights import load_default_adapter, load_renamed
@@ -37,8 +43,11 @@ __all__ = [
     "DRY_RUN",
     "MANIFEST",
     "MARK",
+    "RECORD",
+    "WEIGHTS",
     "CheckpointError",
     "GivenConfig",
+    "RunRecord",
     "broken_file",
     "check_optimizer_files",
     "check_trainer_state",
@@ -46,20 +55,29 @@ __all__ = [
     "checkpoint_to_resume",
     "failure",
     "fresh_aside",
+    "hold_folder",
+    "is_held_elsewhere",
     "last_whole_checkpoint",
     "load_default_adapter",
     "load_renamed",
     "mark_failed",
+    "names_a_folder",
     "numbered",
+    "of_this_run",
     "publish",
+    "read_record",
     "recover",
     "remove_leftovers",
     "rescuing",
     "retire",
+    "run_of",
     "savable_generation_config",
     "saving",
     "seal",
+    "step_of",
+    "surplus",
     "tidy",
     "unmark",
     "unreadable",
+    "write_record",
 ]

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from .failed import failure
-from .manifest import MANIFEST, broken_file, sync
+from .manifest import MANIFEST, broken_file, run_of, sync
+from .run_record import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +75,29 @@ def recover(output_dir: Path) -> None:
         logger.warning(f"{final} was about to be replaced when its run ended: the one from before has its name again.")
 
 
-def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The usable checkpoint-N of the highest N; broken and failed ones are skipped with a warning. None if there is none.
+def last_whole_checkpoint(output_dir: Path, needs: str | None = None) -> Path | None:
+    """The usable checkpoint-N of the highest N; others are skipped with a warning. None if there is none.
 
-    For the main process alone: it reads whole checkpoints, and may give one its name back (`recover`).
+    Usable are those of the run that the folder belongs to which are whole, did not fail at once and have the file `needs`. For
+    the main process alone: it reads whole checkpoints, and may give one its name back (`recover`).
     """
     recover(output_dir)
+    own = of_this_run(output_dir)
     for checkpoint in numbered(output_dir):
-        reason = failure(checkpoint) or broken_file(checkpoint)
+        reason = _unusable(checkpoint, needs, own=checkpoint in own)
         if reason is None:
             return checkpoint
         logger.warning(f"{checkpoint} is skipped: {reason}.")
     return None
+
+
+def _unusable(checkpoint: Path, needs: str | None, *, own: bool) -> str | None:
+    if not own and run_of(checkpoint) is not None:  # where that cannot be read, it is broken
+        return "another run wrote it than the one that began last in this folder; to go on with that run, name this checkpoint"
+    reason = failure(checkpoint) or broken_file(checkpoint)
+    if reason is None and needs is not None and not (checkpoint / needs).is_file():
+        reason = f"it has no {needs}: it was written with --save_only_model, and holds only a model"
+    return reason
 
 
 def checked_checkpoint(path: str | Path, force: bool = False) -> Path:
@@ -111,8 +123,15 @@ def checked_checkpoint(path: str | Path, force: bool = False) -> Path:
     )
 
 
-def checkpoint_to_resume(asked: str | bool | None, output_dir: str, *, force: bool) -> str | None:
-    """The folder to resume from, whole; None for a fresh start.
+def names_a_folder(asked: str | bool | None) -> bool:
+    """Whether `resume_from_checkpoint` says which checkpoint, and does not leave that to `checkpoint_to_resume`."""
+    return str(asked).lower() not in ("none", "false", "auto", "true")
+
+
+def checkpoint_to_resume(
+    asked: str | bool | None, output_dir: str, *, force: bool, needs: str | None = None
+) -> str | None:
+    """The folder to resume from, whole; None for a fresh start. `needs`: a file without which none is resumed.
 
     Raises:
         ValueError: for a folder that is broken or none, and where "true" finds nothing.
@@ -120,24 +139,53 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str, *, force: bo
     word = str(asked).lower()
     if word in ("none", "false"):
         return None
-    if word not in ("auto", "true"):
+    if names_a_folder(asked):
         return str(checked_checkpoint(asked, force))  # type: ignore[arg-type]  # neither None nor a bool
-    found = last_whole_checkpoint(Path(output_dir))
+    found = last_whole_checkpoint(Path(output_dir), needs)
     if found is None and word == "true":
         raise ValueError(
-            f"--resume_from_checkpoint true: there is no whole checkpoint in {output_dir!r}. Say auto to begin where there is "
-            "none yet, or name the folder of one."
+            f"--resume_from_checkpoint true: there is no whole checkpoint in {output_dir!r} that this run can go on from"
+            f"{_why_none(Path(output_dir), needs)}. Say auto to begin where there is none yet, or name the folder of one."
         )
-    logger.warning(f"Resuming from {found}." if found else f"No checkpoint in {output_dir!r} yet: starting fresh.")
+    none = f"No checkpoint in {output_dir!r} yet" if not numbered(Path(output_dir)) else "None can be resumed"
+    logger.warning(f"Resuming from {found}." if found else f"{none}: starting fresh.")
     return None if found is None else str(found)
 
 
+def _why_none(output_dir: Path, needs: str | None) -> str:
+    own = of_this_run(output_dir)
+    return "".join(f" ({each.name}: {_unusable(each, needs, own=each in own)})" for each in numbered(output_dir)[:1])
+
+
 def numbered(output_dir: Path) -> list[Path]:
-    """All that is called checkpoint-N, highest N first."""
+    """All that is called checkpoint-N, highest N first: the one order of checkpoints. Times of files say when one was copied."""
     if not output_dir.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in output_dir.iterdir() if NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of checkpoint-N."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def of_this_run(output_dir: Path) -> list[Path]:
+    """Those of the run that began or was resumed last in `output_dir`, highest N first; all of them where no run left its record."""
+    record = read_record(output_dir)
+    return [path for path in numbered(output_dir) if record is None or record.owns(path, step_of(path))]
+
+
+def surplus(own: list[Path], limit: int, step: int, best: str | None) -> list[Path]:
+    """Which checkpoints are too many for `limit`, of those of a run that is at `step`, highest N first.
+
+    The best one and the newest one of a step that was made stay. Those that failed at once are the first to go, and then those of
+    later steps: the run was resumed from an earlier one, for they are broken or hold only a model.
+    """
+    order = sorted(own, key=lambda path: (failure(path) is not None, step_of(path) > step))  # stable
+    spared = {*order[:1], *(path for path in order if str(path) == best)}
+    others = [path for path in order if path not in spared]
+    return others[max(0, limit - len(spared)) :][::-1]
 
 
 def remove(path: Path) -> None:

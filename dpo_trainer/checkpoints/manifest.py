@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -24,10 +24,10 @@ class Content(NamedTuple):
     xxh3_128: str  # hexadecimal
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, run: str | None = None) -> None:
     """Make a finished folder durable: every file and folder synced, then MANIFEST, which lists what they hold.
 
-    Links are followed: what they lead to belongs to the checkpoint. ValueError for an entry that is no file.
+    `run`: the id of the run that wrote it. Links are followed: what they lead to belongs to the checkpoint. ValueError for an entry that is no file.
     """
     folders, files = walk(folder)
     files.pop(MANIFEST, None)
@@ -37,7 +37,7 @@ def seal(folder: Path) -> None:
         list(pool.map(sync, [*files.values(), *folders]))
         contents = dict(zip(files, pool.map(content, files.values()), strict=True))
     listed = {name: contents[name]._asdict() for name in sorted(contents)}
-    (folder / MANIFEST).write_text(json.dumps({"files": listed}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({**({"run": run} if run else {}), "files": listed}, indent=1))
     sync(folder / MANIFEST)
     sync(folder)
 
@@ -68,15 +68,28 @@ def read_manifest(checkpoint: Path) -> dict[str, Content]:
     if not path.is_file():
         raise ValueError(f"it has no {MANIFEST}: not written by DPOTrainer, or not finished")
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise ValueError(f"it has more than {LARGEST_MANIFEST} bytes")
-        manifest = json.loads(path.read_bytes())
+        manifest = _loaded(path)
         listed = manifest.get("files") if isinstance(manifest, dict) else None
         if not isinstance(listed, dict) or not listed:
             raise ValueError("it lists no files")
         return {name: listed_content(name, entry) for name, entry in listed.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} is damaged ({error})") from error
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """The id of the run that wrote it; "" for one of a release that gave none; None where that cannot be read."""
+    try:
+        run = _loaded(checkpoint / MANIFEST).get("run", "")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return run if isinstance(run, str) else None
+
+
+def _loaded(manifest: Path) -> Any:
+    if manifest.stat().st_size > LARGEST_MANIFEST:
+        raise ValueError(f"it has more than {LARGEST_MANIFEST} bytes")
+    return json.loads(manifest.read_bytes())
 
 
 def listed_content(name: str, entry: object) -> Content:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .folders import ASIDE, discard, numbered
+from .folders import ASIDE, discard, of_this_run
 from .manifest import broken_file
 
 RUST = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
@@ -88,7 +88,7 @@ def what_is_left(output_dir: Path) -> str:
     try:
         there = next(path for path in (output_dir.resolve(), *output_dir.resolve().parents) if path.exists())
         free = f"Free there now: {shutil.disk_usage(there).free / 1e9:.2f} GB."
-        whole = (checkpoint for checkpoint in numbered(output_dir) if broken_file(checkpoint, read=False) is None)
+        whole = (checkpoint for checkpoint in of_this_run(output_dir) if broken_file(checkpoint, read=False) is None)
         last = next(whole, None)
     except OSError as error:
         return f"That disk tells nothing more ({error.strerror})."
