@@ -275,6 +275,13 @@ class DPOConfig(TrainingArguments):
     allow_image_urls: bool = field(
         default=False, metadata={"help": "Download images that are URLs (and keep them in the cache of datasets)."}
     )
+    allow_private_image_urls: bool = field(
+        default=False,
+        metadata={
+            "help": "With --allow_image_urls: also from servers on loopback, link-local, private and reserved addresses. A row can then "
+            "make this machine ask any server that it reaches."
+        },
+    )
     cache_processed_images: bool = field(
         default=False,
         metadata={
@@ -422,6 +429,7 @@ class DPOConfig(TrainingArguments):
         checks.check_bounds(self)
         check_numbers(self)
         checks.check_lengths(self)
+        checks.check_images(self)
         checks.check_template_date(self)
         checks.check_moving_reference(self)
         checks.check_nonfinite(self)

@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import is_liger_kernel_available
 
 from .data.dates import checked_date
+from .data.options import DataOptions
 from .printable import printable
 from .registry import did_you_mean
 
@@ -85,6 +86,10 @@ def check_bounds(config: DPOConfig) -> None:
     quota = config.ref_cache_quota
     if not (isinstance(quota, int | float) and 0 < quota < math.inf):
         raise ValueError(f"--ref_cache_quota must be a number of gigabytes above 0, got {quota!r}.")
+
+
+def check_images(config: DPOConfig) -> None:
+    DataOptions.from_config(config)  # which refuses addresses of private servers where no address is fetched
 
 
 def check_lengths(config: DPOConfig) -> None:

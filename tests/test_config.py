@@ -422,6 +422,7 @@ ROUND_TRIP = {
     "image_root": "pictures",
     "template_date": "2026-11-30",
     "allow_image_urls": True,
+    "allow_private_image_urls": (True, {"allow_image_urls": True}),
     "cache_processed_images": True,
     "freeze_vision_tower": True,
     "beta": 0.3,

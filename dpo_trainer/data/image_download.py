@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from pathlib import Path
 
 import datasets
-from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
+from huggingface_hub import constants
 
-from ..cache_folders import written_whole
+from ..cache_folders import damage, is_sealed, remove_sealed, written_whole
 from .image_pixels import Unfit
+from .image_server import CORE, Limits, asked
 
-TIMEOUT_S = 30
-"""Without a byte from a server."""
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 60
+"""For one download: from the first attempt to the last byte, redirects, pauses and further attempts included."""
 PAUSES_S = (1.0, 4.0)
 """Before each further attempt."""
 LARGEST = 200_000_000
@@ -25,48 +28,58 @@ class _Busy(Exception):
     """A server that may answer another time."""
 
 
-def downloaded(url: str) -> Path:
-    """The file that holds what `url` gave the first time: all epochs, and all runs with this cache, see the same image."""
+def downloaded(url: str, *, private: bool = False) -> Path:
+    """The file that holds what `url` gave the first time: all epochs, and all runs with this cache, see the same image.
+
+    `private`: whether servers may be asked whose address is not public.
+    """
     folder = Path(datasets.config.DOWNLOADED_DATASETS_PATH).expanduser() / "images"
     file = folder / hashlib.sha256(url.encode()).hexdigest()
-    if not file.is_file():
-        content = _fetched(url)
-        with written_whole(file) as part:
+    if not _is_whole(file):
+        content = _fetched(url, private)
+        with written_whole(file, {}) as part:
             part.write_bytes(content)
     return file
 
 
-def _fetched(url: str) -> bytes:
+def forget(file: str | Path) -> None:
+    """Remove what was downloaded: the next attempt asks the server again."""
+    remove_sealed(Path(file))
+
+
+def _is_whole(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    if not is_sealed(file) or (reason := damage(file)) is None:  # an earlier release wrote no checksum
+        return True
+    logger.warning("The downloaded image %s is damaged (%s): it is fetched again.", file, reason)
+    return False
+
+
+def _fetched(url: str, private: bool) -> bytes:
+    if constants.HF_HUB_OFFLINE:
+        raise Unfit("cannot be fetched with HF_HUB_OFFLINE set", "Unset it, or download the images first")
+    limits = Limits(deadline=time.monotonic() + TIMEOUT_S, size=LARGEST, private=private)
     for pause in (*PAUSES_S, None):
         try:
-            return _fetched_once(url)
+            return _fetched_once(url, limits)
         except Unfit:
             raise
-        except OfflineModeIsEnabled:
-            raise Unfit(
-                "cannot be fetched with HF_HUB_OFFLINE set", "Unset it, or download the images first"
-            ) from None
         except Exception as error:  # of the HTTP client, whose words may hold the whole address
-            if pause is None:
-                reason = str(error) if isinstance(error, _Busy) else type(error).__name__
+            reason = str(error) if isinstance(error, _Busy) else type(error).__name__
+            if pause is None or time.monotonic() + pause >= limits.deadline:
+                over = f" after {TIMEOUT_S:g} s" if isinstance(error, CORE.TimeoutException) else ""
                 raise Unfit(
-                    f"could not be fetched ({reason})", "Try again later, or download the images first"
+                    f"could not be fetched ({reason}{over})", "Try again later, or download the images first"
                 ) from None
             time.sleep(pause)
     raise AssertionError
 
 
-def _fetched_once(url: str) -> bytes:
-    content = bytearray()
-    with get_session().stream("GET", url, timeout=TIMEOUT_S, headers={"User-Agent": "dpo_trainer"}) as response:
-        if response.status_code == 429 or response.status_code >= 500:
-            raise _Busy(f"HTTP {response.status_code}")
-        if response.status_code != 200:
-            raise Unfit(
-                f"could not be fetched (HTTP {response.status_code})", "Mend the address, or leave the row out"
-            )
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > LARGEST:
-                raise Unfit(f"has more than {LARGEST // 1_000_000} MB", "Download the images first, and shrink them")
-    return bytes(content)
+def _fetched_once(url: str, limits: Limits) -> bytes:
+    status, content = asked(url, limits)
+    if status == 429 or status >= 500:
+        raise _Busy(f"HTTP {status}")
+    if status != 200:
+        raise Unfit(f"could not be fetched (HTTP {status})", "Mend the address, or leave the row out")
+    return content

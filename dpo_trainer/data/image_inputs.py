@@ -232,10 +232,11 @@ def _read(path: Path) -> ImageTensors | None:
     """None where it is not there, or not whole."""
     try:
         with safe_open(path, "pt") as file:
-            return ImageTensors(
-                tensors={name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118  # no mapping
-                digest=bytes.fromhex(file.metadata()["digest"]),
-            )
+            digest, _, checksum = file.metadata()["digest"].partition(":")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        if checksum and checksum != _checksum(tensors):  # an earlier release wrote none
+            return None
+        return ImageTensors(tensors=tensors, digest=bytes.fromhex(digest))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
@@ -243,4 +244,12 @@ def _read(path: Path) -> ImageTensors | None:
 def _write(path: Path, image: ImageTensors) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in image.tensors.items()}
     with written_whole(path) as part:
-        save_file(tensors, part, metadata={"digest": image.digest.hex()})
+        save_file(tensors, part, metadata={"digest": f"{image.digest.hex()}:{_checksum(tensors)}"})
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    found = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        found.update(f"{name} {tuple(tensors[name].shape)} ".encode())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

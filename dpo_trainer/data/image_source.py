@@ -5,7 +5,8 @@
     a path, or an address that begins with http:// or https://
     {"bytes": ..., "path": ...}, as `datasets.Image(decode=False)` gives it: the bytes if there are any
 
-The data is not trusted: paths stay below --image_root, addresses are only fetched with --allow_image_urls, and once.
+The data is not trusted: paths stay below --image_root, addresses are only fetched with --allow_image_urls, from
+public servers, and once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import PIL.Image
 
 from .columns import IMAGES, REFUSED
 from .errors import bad, clean
-from .image_download import downloaded
+from .image_download import downloaded, forget
 from .image_pixels import Size, Unfit, refusals, rgb_of, size_of
 
 KINDS = 'Give a PIL image, the bytes of a file, a path, or {"bytes": ..., "path": ...}'
@@ -63,7 +64,7 @@ class ImageSource:
                     yield stream
         except ValueError:
             if self.downloaded and self.path is not None:
-                Path(self.path).unlink(missing_ok=True)  # the next attempt asks the server again
+                forget(self.path)
             raise
 
 
@@ -74,10 +75,12 @@ class ImageAccess:
     Args:
         root: relative paths start here, and none may leave it, links followed; None: they start at the current folder.
         allow_urls: whether addresses are fetched.
+        allow_private_urls: also those of servers on loopback, link-local, private and reserved addresses.
     """
 
     root: str | None = None
     allow_urls: bool = False
+    allow_private_urls: bool = False
 
     def source(self, value: Any, where: str) -> ImageSource:
         """The image that `value` stands for, fetched if it is an address.
@@ -101,7 +104,8 @@ class ImageAccess:
             if scheme is None:
                 return ImageSource(where=where, name=name, path=str(self._file(value)))
             self._check_address(str(value), (scheme[1] or scheme[2]).lower())
-            return ImageSource(where=where, name=name, path=str(downloaded(str(value))), downloaded=True)
+            file = downloaded(str(value), private=self.allow_private_urls)
+            return ImageSource(where=where, name=name, path=str(file), downloaded=True)
 
     def size(self, value: Any, where: str) -> Size:
         """(width, height) of what `open` would return; found without decoding where the format allows that."""

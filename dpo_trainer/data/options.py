@@ -27,10 +27,16 @@ class DataOptions:
     disable_tqdm: bool = False
     image_root: str | None = None
     allow_image_urls: bool = False
+    allow_private_image_urls: bool = False
 
     def __post_init__(self):
         if self.useless_pairs not in ("drop", "error"):
             raise ValueError(f"useless_pairs must be 'drop' or 'error', got {self.useless_pairs!r}.")
+        if self.allow_private_image_urls and not self.allow_image_urls:
+            raise ValueError(
+                "--allow_private_image_urls has no effect without --allow_image_urls, which fetches images at all: pass both, or "
+                "neither."
+            )
 
     @classmethod
     def from_config(cls, args: Any) -> DataOptions:
@@ -38,7 +44,11 @@ class DataOptions:
 
     @property
     def image_access(self) -> ImageAccess:
-        return ImageAccess(root=self.image_root, allow_urls=self.allow_image_urls)
+        return ImageAccess(
+            root=self.image_root,
+            allow_urls=self.allow_image_urls,
+            allow_private_urls=self.allow_private_image_urls,
+        )
 
     def limits(self, bos_token_id: int | None) -> Limits:
         return Limits(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import ipaddress
 import os
 import pickle
 import re
+import socket
 import struct
 import threading
 import time
@@ -24,12 +26,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFile
 
-from dpo_trainer.data import image_download, image_pixels
+from dpo_trainer.data import image_download, image_pixels, image_server
 from dpo_trainer.data.image_source import ImageAccess, ImageSource, encoded, images_of
 
 WHERE = "Row 7 of train, images[1]"
 ANYWHERE = ImageAccess()
-ONLINE = ImageAccess(allow_urls=True)
+ONLINE = ImageAccess(allow_urls=True, allow_private_urls=True)  # the server of the tests is on loopback
+PUBLIC = ImageAccess(allow_urls=True)
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 PHOTO = PIL.Image.fromarray(NOISE)
 
@@ -475,6 +478,14 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/slow":
             time.sleep(2)
+        if path in ("/drip", "/dripping-headers"):
+            self.drip(path)
+            return
+        if path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+            return
         if path == "/busy" and len(server.asked) <= server.busy:
             self.send_error(503)
         elif path in ("/404", "/500"):
@@ -486,6 +497,18 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(content[:50] if path == "/broken" else content)
 
+    def drip(self, path: str) -> None:
+        """A byte now and then, for ten seconds: no single one comes late."""
+        head = b"HTTP/1.1 200 OK\r\n" + (b"" if path == "/dripping-headers" else b"Content-Length: 9999\r\n\r\n")
+        try:
+            self.wfile.write(head)
+            for _ in range(200):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.05)
+        except OSError:  # the client has given up
+            pass
+
     def log_message(self, *_):
         pass
 
@@ -496,7 +519,6 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(image_download, "PAUSES_S", (0.0, 0.0))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    huggingface_hub.close_session()
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -504,7 +526,6 @@ def server(tmp_path, monkeypatch):
     server.shutdown()
     thread.join()
     server.server_close()
-    huggingface_hub.close_session()
 
 
 def test_an_address_is_fetched_once(server, capfd):
@@ -567,7 +588,157 @@ def test_a_page_in_place_of_an_image_is_not_kept(server):
 def test_a_silent_server(server, monkeypatch):
     monkeypatch.setattr(image_download, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(image_download, "PAUSES_S", ())
-    assert "could not be fetched (ReadTimeout)" in refusal(f"{server.address}/slow", ONLINE)
+    assert "could not be fetched (ReadTimeout after 0.2 s)" in refusal(f"{server.address}/slow", ONLINE)
+
+
+@pytest.mark.parametrize("path", ["drip", "dripping-headers"])
+def test_a_server_that_sends_a_byte_now_and_then(server, monkeypatch, path):
+    monkeypatch.setattr(image_download, "TIMEOUT_S", 0.4)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"could not be fetched \(ReadTimeout after 0.4 s\)"):
+        ONLINE.open(f"{server.address}/{path}", WHERE)
+    assert time.monotonic() - began < 2
+    assert len(server.asked) == 1, "the time is over"
+
+
+def test_the_time_is_that_of_all_attempts(server, monkeypatch):
+    monkeypatch.setattr(image_download, "TIMEOUT_S", 0.4)
+    monkeypatch.setattr(image_download, "PAUSES_S", (0.3, 0.3, 0.3, 0.3))
+    with pytest.raises(ValueError, match=r"could not be fetched \(HTTP 500\)"):
+        ONLINE.open(f"{server.address}/500", WHERE)
+    assert len(server.asked) == 2
+
+
+# --- servers that are not public ---
+
+NOT_PUBLIC = r"leads to an address that is not public .* pass --allow_private_image_urls"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "2130706433", "0x7f000001", "localhost", "0.0.0.0"])
+def test_servers_that_are_not_public_are_not_asked(server, host):
+    with pytest.raises(ValueError, match=NOT_PUBLIC):
+        PUBLIC.open(f"http://{host}:{server.server_port}/x.png", WHERE)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "host", ["10.1.2.3", "192.168.0.1", "169.254.169.254", "[::1]", "[fe80::1]", "[::ffff:7f00:1]"]
+)
+def test_addresses_that_are_not_public_are_not_connected_to(server, host, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", None)
+    with pytest.raises(ValueError, match=NOT_PUBLIC):
+        PUBLIC.open(f"http://{host}/x.png", WHERE)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1:248:1893:25c8:1946", True),
+        ("64:ff9b::5db8:d822", True),  # NAT64 of 93.184.216.34
+        ("64:ff9b::a9fe:a9fe", False),  # of 169.254.169.254
+        ("2002:7f00:1::", False),  # 6to4 of 127.0.0.1
+        ("::ffff:10.0.0.1", False),
+        ("100.64.0.1", False),
+        ("172.16.0.1", False),
+        ("192.0.2.1", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("2001:db8::1", False),
+    ],
+)
+def test_what_is_public(address, public):
+    assert image_server.is_public(ipaddress.ip_address(address)) is public
+
+
+def resolving(monkeypatch, *answers: list[str]) -> list[str]:
+    """Names resolve to these addresses, one list after the other; the last one from then on. What is connected to."""
+    left, connected, connect = list(answers), [], socket.create_connection
+
+    def resolve(host, port, *_, **__):
+        if host == "127.0.0.1":  # asked for by the connection itself, below
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
+        found = left.pop(0) if len(left) > 1 else left[0]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
+
+    def note(address, *args, **kwargs):
+        connected.append(address[0])
+        return connect(("127.0.0.1", address[1]), *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", note)
+    return connected
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_asked(server, monkeypatch):
+    """A name that resolves to another address a moment later: to the server of the tests go only connections to the first."""
+    with monkeypatch.context() as patch:
+        connected = resolving(patch, ["93.184.216.34"], ["127.0.0.1"])
+        PUBLIC.open(f"http://rebinding.test:{server.server_port}/x.png", WHERE)
+    assert connected == ["93.184.216.34"]
+    assert server.asked == ["/x.png"]
+
+
+def test_one_private_address_among_public_ones_is_enough(server, monkeypatch):
+    with monkeypatch.context() as patch:
+        connected = resolving(patch, ["93.184.216.34", "127.0.0.1"])
+        with pytest.raises(ValueError, match=NOT_PUBLIC):
+            PUBLIC.open(f"http://both.test:{server.server_port}/x.png", WHERE)
+    assert connected == []
+
+
+def test_redirects_are_followed_to_public_servers_alone(server, monkeypatch):
+    np.testing.assert_array_equal(pixels(f"{server.address}/to/{server.address}/x.png", ONLINE), NOISE)
+    server.asked.clear()
+    with monkeypatch.context() as patch:
+        connected = resolving(patch, ["93.184.216.34"], ["127.0.0.1"])
+        with pytest.raises(ValueError, match=NOT_PUBLIC):
+            PUBLIC.open(f"http://public.test:{server.server_port}/to/http://inner.test:{server.server_port}/y", WHERE)
+    assert connected == ["93.184.216.34"]
+    assert [path[:4] for path in server.asked] == ["/to/"]
+    for place, says in ((f"{server.address}/to/file:///etc/passwd", "is a redirect to no web address"),):
+        assert says in refusal(place, ONLINE)
+
+
+def test_redirects_have_an_end(server, monkeypatch):
+    monkeypatch.setattr(image_server, "MOST_REDIRECTS", 2)
+    url = f"{server.address}/x.png"
+    for _ in range(3):
+        url = f"{server.address}/to/{url}"
+    assert "is redirected more than 2 times" in refusal(url, ONLINE)
+
+
+def test_a_redirect_to_another_server_takes_no_password_along(server):
+    other = server.address.replace("127.0.0.1", "localhost")
+    pixels(f"{server.address.replace('://', '://me:word@')}/to/{other}/x.png", ONLINE)
+    assert server.login == ""
+
+
+def test_a_proxy_of_the_environment_is_asked(server, monkeypatch):
+    """It may stand on a private address; an address in the URL, and a name that is known here, must be public all the same."""
+    monkeypatch.setenv("http_proxy", server.address)
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    PUBLIC.open("http://unknown.invalid/x.png", WHERE)
+    assert server.asked == ["http://unknown.invalid/x.png"]
+    with pytest.raises(ValueError, match=NOT_PUBLIC):
+        PUBLIC.open("http://169.254.169.254/x.png", WHERE)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("spoil", [lambda data: b"", lambda data: data[:-1], lambda data: data[:-1] + b"!"])
+def test_a_damaged_download_is_fetched_again(server, spoil, caplog):
+    pixels(f"{server.address}/x.png", ONLINE)
+    (file,) = [path for path in Path(datasets.config.DOWNLOADED_DATASETS_PATH).rglob("*") if len(path.name) == 64]
+    file.write_bytes(spoil(file.read_bytes()))
+    np.testing.assert_array_equal(pixels(f"{server.address}/x.png", ONLINE), NOISE)
+    assert server.asked == ["/x.png"] * 2
+    assert "is damaged" in caplog.text
 
 
 def test_nobody_there(server):
