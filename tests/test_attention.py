@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 from typing import Any
@@ -21,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -288,6 +289,35 @@ def test_a_step_without_gradients_or_flat_rows_installs_nothing():
         assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("options", [{"sliding_window": 3}, {"sliding_window": None}])
+def test_a_batch_forgets_its_masks_when_its_step_is_over(options):
+    """Micro-batches of an optimizer step are there until its end: their masks would be as well."""
+    model = MistralForCausalLM(MistralConfig(**{**tiny.SIZES, **options}))
+    scorer, batch = Scorer(model), batch_of()
+    with scorer.step():
+        scorer(model, batch).chosen.sum().backward()
+        assert batch.segments._memo, "policy and reference share them"
+    assert not batch.segments._memo
+
+
+def test_all_layers_share_the_mask_of_a_segment(monkeypatch):
+    """Also where autocast changes dtypes, and where the formula is written out."""
+    made: list[tuple[int, ...]] = []
+    visible = attention._visible
+
+    def counted(q: int, k: int, *more: Any) -> Tensor:
+        made.append((q, k))
+        return visible(q, k, *more)
+
+    monkeypatch.setattr(attention, "_visible", counted)
+    for model in (MistralForCausalLM(MistralConfig(**{**tiny.SIZES, "sliding_window": 2})), Gemma2ForCausalLM(CAPPED)):
+        made.clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            Scorer(model)(model, batch_of())
+        assert len(model.model.layers) == 2
+        assert len(made) == len(set(made)) > 0
+
+
 def test_backward_after_the_step_is_refused():
     model = tiny.llama()
     scorer = Scorer(model)
@@ -368,65 +398,3 @@ def test_generate_before_during_and_after_a_step():
             scorer(model, batch_of()).chosen.sum().backward()
     assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), want)
     assert model.config.to_dict() == untouched.config.to_dict()
-
-
-# --- which path a row takes (the kernel itself runs in tests/gpu) ---
-
-
-@dataclasses.dataclass
-class Cuda:
-    """What the choice looks at, of a tensor that would live on a GPU."""
-
-    shape: tuple[int, ...] = (1, 4, T, 64)
-    dtype: torch.dtype = torch.bfloat16
-    is_cuda: bool = True
-
-
-@pytest.mark.parametrize(
-    ("query", "value", "options", "runs"),
-    [
-        (Cuda(), Cuda(), {}, True),
-        (Cuda(dtype=torch.float16), Cuda(), {}, True),
-        (Cuda(dtype=torch.float32), Cuda(), {}, False),
-        (Cuda(is_cuda=False), Cuda(), {}, False),
-        (Cuda(), Cuda(shape=(1, 4, T, 32)), {}, False),
-        (Cuda(shape=(1, 4, T, 512)), Cuda(shape=(1, 4, T, 512)), {}, False),
-        (Cuda(shape=(1, 4, T, 20)), Cuda(shape=(1, 4, T, 20)), {}, False),
-        (Cuda(), Cuda(), {"dropout": 0.1}, False),
-        (Cuda(), Cuda(), {"softcap": 30.0}, False),
-        (Cuda(), Cuda(), {"s_aux": SINKS}, False),
-    ],
-)
-def test_the_variable_length_kernel_is_used_only_where_it_can_serve(monkeypatch, query, value, options, runs):
-    monkeypatch.setattr(attention, "varlen_attn", lambda *_: None)
-    every = {"dropout": 0.0, "softcap": None, "s_aux": None, **options}
-    assert attention._varlen_runs(query, value, **every) is runs
-
-
-def emulated_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch documents of the kernel: sequence by sequence, causal mask aligned at the ends, a window to the left."""
-    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
-    out = []
-    for s in range(len(cu_q) - 1):
-        q = query[cu_q[s] : cu_q[s + 1]]
-        k, v = key[cu_k[s] : cu_k[s + 1]], value[cu_k[s] : cu_k[s + 1]]
-        left, right = window_size
-        distance = torch.arange(len(k))[None] - (torch.arange(len(q))[:, None] + len(k) - len(q))
-        seen = (distance <= right) & ((distance >= -left) if left >= 0 else True)
-        assert enable_gqa == (q.shape[1] != k.shape[1])
-        rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        out.append(oracles.attention(*rows, seen, scale)[0])
-    return torch.cat(out)
-
-
-@pytest.mark.parametrize("name", ["plain", "scaled", "grouped", "window 2", "window 3", "window 8", "window 64"])
-def test_arguments_of_the_variable_length_kernel(monkeypatch, name):
-    """The call, with the kernel played by its documentation: indices, window and scale are those of the mask."""
-    shapes, options = VARIANTS[name]
-    monkeypatch.setattr(attention, "varlen_attn", emulated_varlen)
-    monkeypatch.setattr(attention, "_varlen_runs", lambda *_: True)
-    qkv = tensors(**shapes)
-    got, _ = shared_prompt_attention(MODULE, *qkv, None, segments=SEGMENTS, **options)
-    seen = oracles.visible(PAIRS, options.get("sliding_window"))
-    want = oracles.attention(*qkv, seen, options.get("scaling", 8**-0.5))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
