@@ -6,6 +6,7 @@ log-probs: nats, float32, summed over a completion unless the name says mean
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
@@ -326,6 +327,16 @@ def pair_row(inputs: Mapping[str, Any]) -> Tensor:
         return inputs["row"]
     weight = pair_weight(inputs)
     return torch.arange(len(weight), device=weight.device)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Around arithmetic on `tensor` that mixed precision must leave alone.
+
+    Autocast rounds the inputs of some operations (products of vectors among them) to its dtype, also where they are float32.
+    """
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 def widest_float(device: torch.device) -> torch.dtype:

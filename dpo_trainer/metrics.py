@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from .batch import PairBatch, PairLogps, widest_float
+from .batch import PairBatch, PairLogps, widest_float, without_autocast
 
 logger = logging.get_logger(__name__)
 
@@ -165,7 +165,8 @@ class MetricSums:
 
     @torch.no_grad()
     def add(self, parts: StepParts) -> None:
-        table = torch.stack([metric(parts) for metric in self.metrics.values()])
+        with without_autocast(parts.losses):
+            table = torch.stack([metric(parts) for metric in self.metrics.values()])
         table = table.to(widest_float(table.device))
         self.table = table if self.table is None else self.table + table
         self.num_tokens += parts.batch.num_tokens

@@ -715,6 +715,21 @@ def test_objective_puts_the_parts_together():
     torch.testing.assert_close(got.nll, nll)
 
 
+def test_mixed_precision_leaves_losses_alone(registry):
+    """To the bit, also where a loss of the user has a matrix product."""
+
+    @register_loss("product")
+    def product(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
+        return torch.stack([policy.chosen, reference.chosen], 1) @ torch.tensor([beta, 1.0])
+
+    policy = PairLogps.from_tokens(random_tokens())
+    objective = Objective.from_config(config(loss_type=["product", "sigmoid"], use_weighting=True, ld_alpha=0.5))
+    plain = objective(policy, policy, training=True).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = objective(policy, policy, training=True).total
+    assert torch.equal(mixed, plain)
+
+
 def test_rpo_alpha_is_sigmoid_plus_sft():
     """MPO's way to write it and RPO's are the same number; a weight of 0 switches the NLL off."""
     policy, reference, _ = random_pairs()

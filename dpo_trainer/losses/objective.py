@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import PairLogps
+from ..batch import PairLogps, without_autocast
 from .batchwise import RunningShift
 from .likelihood import chosen_nll
 from .ranks import Ranks
@@ -151,6 +151,18 @@ class Objective:
 
         `margin` [N] as the data gave it, NaN for a pair without; None where no pair of the batch has one.
         """
+        with without_autocast(policy.chosen):
+            return self._losses(policy, reference, training=training, weight=weight, margin=margin)
+
+    def _losses(
+        self,
+        policy: PairLogps,
+        reference: PairLogps | None,
+        *,
+        training: bool,
+        weight: Tensor | None,
+        margin: Tensor | None,
+    ) -> PairLosses:
         weight = torch.ones_like(policy.chosen) if weight is None else weight
         shaped, shaped_reference = self._shape(policy, reference)
         supplied = {"divergence": self.divergence, "weight": weight, "ranks": self.ranks}
