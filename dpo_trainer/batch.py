@@ -251,7 +251,7 @@ class PairBatch:
                 "batches with DataCollatorForPreference(..., max_tokens=None, pack_tokens=None)."
             )
         if device is not None:
-            inputs = send_to_device(dict(inputs), device)
+            inputs = sent(dict(inputs), device)
         if "score_at" not in inputs:
             return cls.from_completion_mask(inputs)
         return cls(**{f.name: inputs[f.name] for f in dataclasses.fields(cls) if f.name in inputs})
@@ -302,6 +302,21 @@ class PairBatch:
             num_tokens=int(inputs["attention_mask"].sum()),
             margin=inputs.get("margin"),
         )
+
+
+def with_scored_tokens(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a collator returned, with what `PairBatch.from_completion_mask` reads from its masks, if it is one for other
+    libraries. Its own entries stay, and stay first: accelerate and Trainer take the batch size from the first tensor."""
+    if MICRO_BATCHES in inputs or "score_at" in inputs:
+        return dict(inputs)
+    batch = PairBatch.from_completion_mask(inputs)
+    read = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in inputs}
+    return {**inputs, **{name: value for name, value in read.items() if value is not None}}
+
+
+def sent(data: T, device: torch.device) -> T:
+    """Every tensor in `data` on `device`, without waiting for it: a GPU computes with them once they are there."""
+    return send_to_device(data, device, non_blocking=device.type == "cuda")
 
 
 MICRO_BATCHES = "micro_batches"

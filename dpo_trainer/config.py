@@ -415,6 +415,7 @@ class DPOConfig(TrainingArguments):
         checks.resolve_moving_reference(self)
         checks.resolve_checkpointing(self)
         checks.resolve_precision(self)
+        checks.resolve_transfers(self)
         super().__post_init__()
         checks.check_against_trainer(self)
         check_launcher(self)

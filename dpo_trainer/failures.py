@@ -59,8 +59,9 @@ class StepWatch:
             return Verdict(0, False, stop_asked, [])
         ids, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         bad = ~torch.isfinite(losses)
-        size = torch.as_tensor(1.0 if norm is None else norm, device=losses.device)
-        stop = torch.tensor(stop_asked, device=losses.device)
+        # Filled in on the device: a number that is copied there would be waited for.
+        size = norm.to(losses.device) if isinstance(norm, Tensor) else losses.new_full((), 1.0 if norm is None else norm)
+        stop = losses.new_full((), stop_asked)
         here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0])
         pairs, gradients, stops, moves = gather(here.float()).tolist()
         own = list(dict.fromkeys(ids[bad].tolist())) if pairs else []  # pairs of one row have one id

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
@@ -191,7 +192,8 @@ class MetricSums:
             if self.table is None
             else self.table
         )
-        return torch.cat([table, table.new_tensor([[self.num_tokens, 0.0]])])
+        tokens = F.pad(table.new_full((1, 1), self.num_tokens), (0, 1))
+        return torch.cat([table, tokens])
 
     def reduce(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> tuple[dict[str, float], int]:
         """(means over all pairs since the last call, tokens computed since then), on all ranks: one collective, one wait.

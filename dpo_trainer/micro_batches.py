@@ -71,7 +71,7 @@ def even_parts(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: A
     What is added are repeats of weight 0: computed, and not counted. Returns the sum of `weight` over ranks.
     """
     parts = [len(batch[MICRO_BATCHES]) for batch in batches]
-    here = torch.stack([weight, *(weight.new_tensor(number) for number in parts)])
+    here = torch.stack([weight, *(weight.new_full((), number) for number in parts)])
     table = accelerator.gather(here[None])  # [ranks, 1 + batches]
     for batch, most in zip(batches, table[:, 1:].amax(0).tolist(), strict=True):
         _fill_up(batch[MICRO_BATCHES], int(most))

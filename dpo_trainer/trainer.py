@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import recursively_apply
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .assembly import Given, assemble
-from .batch import PairBatch, micro_batches, pair_weight
+from .batch import PairBatch, micro_batches, pair_weight, sent
 from .best_metric import check_best_metric
 from .callbacks import CheckReference, MoveReference
 from .checkpoints import GivenConfig
@@ -357,7 +357,7 @@ class DPOTrainer(DurableTrainer):
 
     def _prepare_input(self, data: Any) -> Any:
         """Moved to the device, and no more: for DeepSpeed, `Trainer` would round weights and margins to its dtype."""
-        return send_to_device(data, self.args.device)
+        return sent(data, self.args.device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step = partial(self._step_of_part, model, num_items_in_batch)

@@ -126,7 +126,7 @@ class RunningShift:
         self.mean, self.count = mark
 
     def to(self, device: torch.device) -> RunningShift:
-        self.mean, self.count = self.mean.to(device), self.count.to(device)
+        self.mean, self.count = (value.to(device, non_blocking=True) for value in (self.mean, self.count))
         return self
 
     def state_dict(self) -> dict[str, float]:
