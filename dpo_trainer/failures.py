@@ -60,7 +60,9 @@ class StepWatch:
         ids, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         bad = ~torch.isfinite(losses)
         # Filled in on the device: a number that is copied there would be waited for.
-        size = norm.to(losses.device) if isinstance(norm, Tensor) else losses.new_full((), 1.0 if norm is None else norm)
+        size = (
+            norm.to(losses.device) if isinstance(norm, Tensor) else losses.new_full((), 1.0 if norm is None else norm)
+        )
         stop = losses.new_full((), stop_asked)
         here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0])
         pairs, gradients, stops, moves = gather(here.float()).tolist()
