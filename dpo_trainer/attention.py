@@ -16,15 +16,12 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
 
 from .batch import Segments
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch < 2.10
-    varlen_attn = None  # type: ignore[assignment]
+from .varlen import Kernel, choose, flash_serves, varlen_attention
 
 logger = logging.get_logger(__name__)
 
@@ -67,9 +64,10 @@ def shared_prompt_attention(
     both_ways = kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False
     if position_bias is not None or (both_ways and not segments.mutual):  # a batch that knows of it says where
         raise SegmentsLost(f"{type(module).__name__} is not a plain causal attention.")
+    query, key, value = _as_autocast_has_them(query, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not segments.mutual and _varlen_runs(query, value, dropout, softcap, s_aux):
-        return _varlen(query, key, value, segments, scaling, sliding_window), None
+    if kernel := _kernel_for(query, value, segments, dropout, softcap, s_aux):
+        return varlen_attention(kernel, query, key, value, segments, scaling, sliding_window, softcap), None
 
     # Split once: backward joins the gradients of pieces in one go, where each slice of a row makes a row of zeros.
     queries, keys, values = (x.split(segments.length, dim=2) for x in (query, key, value))
@@ -86,8 +84,33 @@ def shared_prompt_attention(
         if softcap is None and s_aux is None:
             outputs.append(_sdpa(queries[s], k, v, segments, scaling, sliding_window, dropout, own))
         else:
-            outputs.append(_written_out(queries[s], k, v, scaling, sliding_window, dropout, softcap, s_aux, own))
+            hidden = _hidden(queries[s], k, segments, sliding_window, own)
+            outputs.append(_written_out(queries[s], k, v, hidden, scaling, dropout, softcap, s_aux))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _as_autocast_has_them(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype, where it is on: rotary embeddings give queries and keys in float32 there, and values come in
+    half precision. torch's own attention casts all three as well, but only once its kernel is chosen."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _kernel_for(
+    query: Tensor, value: Tensor, segments: Segments, dropout: float, softcap: float | None, s_aux: Tensor | None
+) -> Kernel | None:
+    """The kernel that takes the whole row, where there is one; on a GPU the log says once what is taken."""
+    if not query.is_cuda:
+        return None
+    kernel, why = choose(query, value, dropout, softcap, s_aux)
+    if segments.mutual:
+        kernel, why = None, "no variable-length kernel for tokens that see each other both ways"
+    what = why if kernel else f"one call per segment ({why})"
+    logger.warning_once(f"Attention of flat rows: {what}.")
+    return kernel
 
 
 def _mutual_by_segment(segments: Segments) -> dict[int, Mutual]:
@@ -111,8 +134,17 @@ def _visible(q: int, k: int, window: int | None, device: torch.device, mutual: M
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same as what is added to scores."""
+    """[q, k] the same as what is added to scores."""
+    if seen.is_cuda:  # rows of 16 entries: torch copies a mask with others in each layer
+        wide = seen.new_zeros(seen.shape[0], seen.shape[1] + -seen.shape[1] % 16, dtype=dtype)
+        return wide[:, : seen.shape[1]].masked_fill_(~seen, float("-inf"))
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
+
+
+def _hidden(query: Tensor, key: Tensor, segments: Segments, window: int | None, mutual: Mutual) -> Tensor:
+    """[q, k] True where a query does not see a key. All layers of the batch share it."""
+    what = (query.shape[2], key.shape[2], window, query.device, mutual)
+    return segments.remember(("hidden", *what), lambda: ~_visible(*what))
 
 
 def _sdpa(
@@ -134,84 +166,62 @@ def _sdpa(
             blocks.append(_sdpa(block, keys, values, segments, scaling, window, dropout))
         return torch.cat(blocks, dim=2)
 
-    q, k = query.shape[2], key.shape[2]
-    window = None if window is None or window >= k else window
-    plain = q == k and window is None and not mutual
-    mask = None
-    if not plain:
-        # All layers of the batch share it. Of one of booleans the kernel would make, and keep, one like this in each.
-        what = (q, k, window, query.device, mutual)
-        mask = segments.remember((what, query.dtype), lambda: _added(_visible(*what), query.dtype))
+    mask = _mask(query, key.shape[2], segments, window, mutual)
+    if query.is_cuda and not ((mask is None or isinstance(mask, CausalBias)) and flash_serves(query, value)):
+        # The other kernels of a GPU take as many heads of keys as of queries: else all scores would be in memory.
+        key, value = _for_each_head(query, key, value)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=plain,
+        is_causal=mask is None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _mask(query: Tensor, k: int, segments: Segments, window: int | None, mutual: Mutual) -> Tensor | None:
+    """[q, k] what hides keys from queries; None where torch's causal mask, aligned at the beginning, does."""
+    q = query.shape[2]
+    window = None if window is None or window >= k else window
+    if window is None and not mutual:
+        if q == k:
+            return None
+        if query.is_cuda:  # aligned at the ends: to a GPU's kernels an option, and no tensor
+            return causal_lower_right(q, k)
+    # All layers of the batch share it. Of one of booleans the kernel would make, and keep, one like this in each.
+    what = (q, k, window, query.device, mutual)
+    return segments.remember((what, query.dtype), lambda: _added(_visible(*what), query.dtype))
+
+
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """[1, K, k, d] -> [1, H, k, d]."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
 
 
 def _written_out(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    hidden: Tensor,
     scaling: float,
-    window: int | None,
     dropout: float,
     softcap: float | None,
     s_aux: Tensor | None,
-    mutual: Mutual = (),
 ) -> Tensor:
     """The formula itself, for what no fused kernel offers: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _for_each_head(query, key, value)
     scores = query @ key.transpose(2, 3) * scaling  # [1, H, q, k]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    seen = _visible(query.shape[2], key.shape[2], window, query.device, mutual)
-    scores = scores.masked_fill(~seen, float("-inf"))
+    scores = scores.masked_fill(hidden, float("-inf"))
     if s_aux is not None:
         scores = torch.cat([scores, s_aux.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ value
-
-
-def _varlen_runs(query: Tensor, value: Tensor, dropout: float, softcap: float | None, s_aux: Tensor | None) -> bool:
-    """Whether torch's variable-length kernel can serve: half precision on a GPU, nothing that it lacks."""
-    return (
-        varlen_attn is not None
-        and query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and dropout == 0
-        and softcap is None
-        and s_aux is None
-    )
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
-) -> Tensor:
-    """One kernel call for the row: its causal mask is aligned at the ends, which is what a prefix before the keys needs."""
-    index = segments.varlen(query.device)
-    row = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, d]
-    out: Any = varlen_attn(
-        row[0],
-        row[1][index.keys_at],
-        row[2][index.keys_at],
-        index.cu_queries,
-        index.cu_keys,
-        index.max_queries,
-        index.max_keys,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[None]
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)

@@ -131,6 +131,10 @@ class Segments:
             self._memo[key] = make()
         return self._memo[key]
 
+    def forget(self) -> None:
+        """Let go of all that: it would live as long as the batch, and those of an optimizer step live until its end."""
+        self._memo.clear()
+
     def varlen(self, device: torch.device) -> VarlenIndex:
         """The same segments as index tensors on `device`."""
         return self.remember(device, lambda: VarlenIndex.of(self, device))

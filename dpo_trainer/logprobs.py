@@ -85,7 +85,8 @@ class Scorer:
         stats = self.stats if extras else frozenset()
         more = {"output_router_logits": True} if extras and self.router_loss else {}
         score = _score_in_head if self.through_head else _score_logits
-        if batch.is_flat and self._step is not None and torch.is_grad_enabled():
+        if batch.segments is not None and self._step is not None and torch.is_grad_enabled():
+            self._step.callback(batch.segments.forget)
             self._step.enter_context(self.attention.installed())
         with self.attention.installed() if batch.is_flat else contextlib.nullcontext():
             tokens, aux_loss = score(model, batch, stats, more)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 from typing import Any
@@ -368,65 +367,3 @@ def test_generate_before_during_and_after_a_step():
             scorer(model, batch_of()).chosen.sum().backward()
     assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), want)
     assert model.config.to_dict() == untouched.config.to_dict()
-
-
-# --- which path a row takes (the kernel itself runs in tests/gpu) ---
-
-
-@dataclasses.dataclass
-class Cuda:
-    """What the choice looks at, of a tensor that would live on a GPU."""
-
-    shape: tuple[int, ...] = (1, 4, T, 64)
-    dtype: torch.dtype = torch.bfloat16
-    is_cuda: bool = True
-
-
-@pytest.mark.parametrize(
-    ("query", "value", "options", "runs"),
-    [
-        (Cuda(), Cuda(), {}, True),
-        (Cuda(dtype=torch.float16), Cuda(), {}, True),
-        (Cuda(dtype=torch.float32), Cuda(), {}, False),
-        (Cuda(is_cuda=False), Cuda(), {}, False),
-        (Cuda(), Cuda(shape=(1, 4, T, 32)), {}, False),
-        (Cuda(shape=(1, 4, T, 512)), Cuda(shape=(1, 4, T, 512)), {}, False),
-        (Cuda(shape=(1, 4, T, 20)), Cuda(shape=(1, 4, T, 20)), {}, False),
-        (Cuda(), Cuda(), {"dropout": 0.1}, False),
-        (Cuda(), Cuda(), {"softcap": 30.0}, False),
-        (Cuda(), Cuda(), {"s_aux": SINKS}, False),
-    ],
-)
-def test_the_variable_length_kernel_is_used_only_where_it_can_serve(monkeypatch, query, value, options, runs):
-    monkeypatch.setattr(attention, "varlen_attn", lambda *_: None)
-    every = {"dropout": 0.0, "softcap": None, "s_aux": None, **options}
-    assert attention._varlen_runs(query, value, **every) is runs
-
-
-def emulated_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch documents of the kernel: sequence by sequence, causal mask aligned at the ends, a window to the left."""
-    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
-    out = []
-    for s in range(len(cu_q) - 1):
-        q = query[cu_q[s] : cu_q[s + 1]]
-        k, v = key[cu_k[s] : cu_k[s + 1]], value[cu_k[s] : cu_k[s + 1]]
-        left, right = window_size
-        distance = torch.arange(len(k))[None] - (torch.arange(len(q))[:, None] + len(k) - len(q))
-        seen = (distance <= right) & ((distance >= -left) if left >= 0 else True)
-        assert enable_gqa == (q.shape[1] != k.shape[1])
-        rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        out.append(oracles.attention(*rows, seen, scale)[0])
-    return torch.cat(out)
-
-
-@pytest.mark.parametrize("name", ["plain", "scaled", "grouped", "window 2", "window 3", "window 8", "window 64"])
-def test_arguments_of_the_variable_length_kernel(monkeypatch, name):
-    """The call, with the kernel played by its documentation: indices, window and scale are those of the mask."""
-    shapes, options = VARIANTS[name]
-    monkeypatch.setattr(attention, "varlen_attn", emulated_varlen)
-    monkeypatch.setattr(attention, "_varlen_runs", lambda *_: True)
-    qkv = tensors(**shapes)
-    got, _ = shared_prompt_attention(MODULE, *qkv, None, segments=SEGMENTS, **options)
-    seen = oracles.visible(PAIRS, options.get("sliding_window"))
-    want = oracles.attention(*qkv, seen, options.get("scaling", 8**-0.5))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)

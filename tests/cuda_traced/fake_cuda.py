@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import bias
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 CAPABILITY = (9, 0)
 HALF = (torch.float16, torch.bfloat16)
@@ -51,7 +51,7 @@ def find_a_gpu() -> None:
     F.scaled_dot_product_attention = _sdpa
     bias.can_use_flash_attention = lambda p: _flash_can(p.query, p.key, p.value, p.attn_mask)  # type: ignore[assignment]
     bias.can_use_efficient_attention = lambda p: _efficient_can(p.query, p.key)  # type: ignore[assignment]
-    _watch_attention()
+    _prepare_package()
 
 
 def fake_batch(pairs: Sequence[Any], layout: str) -> Any:
@@ -160,7 +160,12 @@ class Watch(TorchDispatchMode):
             self._wait(name)
             dtype = args[0].dtype
             return 1.0 if dtype.is_floating_point else dtype is torch.bool or 1
-        out = func(*args, **kwargs)
+        if (
+            name == "aten::_efficient_attention_backward"
+        ):  # torch 2.13's function for fake tensors leaves an argument out
+            out = (*(torch.empty_like(x) for x in args[1:4]), torch.empty_like(args[1]))
+        else:
+            out = func(*args, **kwargs)
         if name in KERNELS:
             kind, first = KERNELS[name]
             self.kernels.append(_kernel(kind, args[first:], kwargs))
@@ -196,23 +201,28 @@ def _kernel(name: str, args: Sequence[Any], kwargs: dict[str, Any], *, masked: b
     )
 
 
-def _watch_attention() -> None:
-    """Tell the watch when the attention of flat rows runs."""
+def _prepare_package() -> None:
+    """Tell the watch when the attention of flat rows runs; and torch cannot make this bias in a dispatch mode."""
     from transformers import AttentionInterface
 
-    from dpo_trainer.attention import NAME, shared_prompt_attention
+    from dpo_trainer import attention
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         watch = Watch.current
         if watch is None:
-            return shared_prompt_attention(*args, **kwargs)
+            return attention.shared_prompt_attention(*args, **kwargs)
         watch.in_attention = True
         try:
-            return shared_prompt_attention(*args, **kwargs)
+            return attention.shared_prompt_attention(*args, **kwargs)
         finally:
             watch.in_attention = False
 
-    AttentionInterface.register(NAME, watched)
+    def lower_right(*size: int) -> Tensor:
+        with _disable_current_modes():
+            return bias.causal_lower_right(*size)
+
+    AttentionInterface.register(attention.NAME, watched)
+    attention.causal_lower_right = lower_right
 
 
 # --- which kernel torch takes on a GPU (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), by its order ---
@@ -259,6 +269,8 @@ def _sdpa(
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
+            if attn_mask.stride(-2) % 16:  # a copy with rows of another length
+                attn_mask = F.pad(attn_mask, (0, -key.shape[2] % 16))[..., : key.shape[2]]
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
         grads = torch.is_grad_enabled()
         return torch.ops.aten._scaled_dot_product_efficient_attention(

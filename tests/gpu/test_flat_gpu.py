@@ -18,10 +18,13 @@ from dpo_trainer.batch import PairBatch, Segments, TokenizedPair
 from dpo_trainer.data.collate import flat_inputs, padded_inputs
 from dpo_trainer.layout import Layout
 from dpo_trainer.logprobs import Scorer
+from dpo_trainer.varlen import Kernel, kernels
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make test-gpu)"),
-    pytest.mark.skipif(attention.varlen_attn is None, reason="torch.nn.attention.varlen needs torch >= 2.10"),
+    pytest.mark.skipif(
+        not any(k.takes(None) for k in kernels()), reason="no variable-length kernel: torch >= 2.12 has one"
+    ),
 ]
 
 LENGTHS = [(40, 30, 50), (1, 1, 1), (130, 20, 9), (3, 70, 64)]
@@ -65,13 +68,13 @@ def relative(got: Tensor, want: Tensor) -> float:
 def kernel_calls(monkeypatch) -> list[tuple[int, ...]]:
     """The kernel as it is, counting: a comparison of the fallback with itself must not pass."""
     calls: list[tuple[int, ...]] = []
-    kernel = attention.varlen_attn
+    call = attention.varlen_attention
 
-    def counted(query: Tensor, *args, **kwargs):
+    def counted(kernel: Kernel, query: Tensor, *args, **kwargs):
         calls.append(tuple(query.shape))
-        return kernel(query, *args, **kwargs)
+        return call(kernel, query, *args, **kwargs)
 
-    monkeypatch.setattr(attention, "varlen_attn", counted)
+    monkeypatch.setattr(attention, "varlen_attention", counted)
     return calls
 
 
@@ -115,27 +118,31 @@ def batch_of(layout: str) -> PairBatch:
     return PairBatch.from_inputs({k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()})
 
 
-def measure(model: nn.Module, layout: str) -> tuple[Tensor, Tensor]:
+def measure(model: nn.Module, layout: str, autocast: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Log-prob sums [2N], and the gradient of a mix of them in all parameters, as one vector."""
     model.zero_grad()
     scorer = Scorer(model)
     with scorer.step():
-        logps = scorer(model, batch_of(layout))
+        with torch.autocast("cuda", autocast, enabled=autocast is not None):
+            logps = scorer(model, batch_of(layout))
         sums = torch.cat([logps.chosen, logps.rejected])
         (sums * torch.linspace(1, 2, len(sums), device="cuda")).sum().backward()
     return sums.detach(), torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["float32 under autocast", "bfloat16"])
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["off", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("window", [None, 16])
-def test_flat_against_padded_in_bfloat16(window, reentrant, kernel_calls):
-    """Both layouts as far from float32 on the same weights: within half precision, kernel against padded rows."""
-    model = tiny_model(torch.bfloat16, sliding_window=window).train()
+def test_flat_against_padded_in_bfloat16(window, reentrant, weights, kernel_calls):
+    """Both layouts as far from float32 on the same weights: within half precision, kernel against padded rows. Weights in
+    float32 under autocast are what a run has by default."""
+    model = tiny_model(weights, sliding_window=window).train()
+    mixed = torch.bfloat16 if weights == torch.float32 else None
     if reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    padded, padded_grad = measure(model, "padded")
+    padded, padded_grad = measure(model, "padded", mixed)
     assert not kernel_calls
-    flat, flat_grad = measure(model, "flat")
+    flat, flat_grad = measure(model, "flat", mixed)
     assert len(kernel_calls) == (2 if reentrant is None else 4), "once per layer, and again when recomputed"
     assert relative(flat, padded) < HALF
     assert relative(flat_grad, padded_grad) < 3 * HALF  # through two layers, and both sides are rounded
