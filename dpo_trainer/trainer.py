@@ -17,7 +17,6 @@ from accelerate.utils import recursively_apply
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -60,6 +59,7 @@ from .micro_batches import (
     weighted_mean,
 )
 from .model_card import write_model_card
+from .offloading import ActivationsOnHost
 from .optimizer_checks import check_given_optimizer
 from .positions import table_of_positions, window_of
 from .precompute import Filled, Precompute
@@ -201,7 +201,6 @@ class DPOTrainer(DurableTrainer):
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.in_step = keeps_ranks_in_step(args, cuts_weights=cuts_weights(args))
-        self.activations = partial(save_on_cpu, pin_memory=True) if args.activation_offloading else nullcontext
         self._start_counting()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
@@ -365,8 +364,13 @@ class DPOTrainer(DurableTrainer):
 
     def _step_of_part(self, model: nn.Module, num_items_in_batch: Any, inputs: dict[str, Any]) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
-        with explained(inputs, self._memory_advice), self.scorer.step(), self.activations():
+        with explained(inputs, self._memory_advice), self.scorer.step(), self._activations(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def _activations(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
+        if not self.args.activation_offloading:
+            return nullcontext()
+        return ActivationsOnHost(self.model, tokens=inputs["input_ids"].numel())
 
     def _memory_advice(self) -> MemoryAdvice:
         return MemoryAdvice.of(
