@@ -235,6 +235,7 @@ class PairBatch:
     keys: tuple[bytes, ...] | None = (
         None  # [C] what each completion is (data/content.py), on the host; None: not asked for
     )
+    pairs_by_rank: tuple[int, ...] | None = None  # N of every rank, on the host; None: not asked for
     images: ImageBatch | None = None
     token_types: dict[str, Tensor] | None = None  # {argument of the model: [R, L]} padded: which tokens are an image's
 

@@ -55,6 +55,7 @@ from .micro_batches import (
     in_row_order,
     joined,
     keeps_ranks_in_step,
+    note_pairs,
     step_through,
     weighted_mean,
 )
@@ -339,7 +340,11 @@ class DPOTrainer(DurableTrainer):
             self._unweigh_fillers(batch_samples[-1], self._train_batch_size)
         parts = [part for batch in batch_samples for part in micro_batches(batch)]
         weight = sum((pair_weight(part).sum() for part in parts), torch.zeros((), device=device))
-        return even_parts(batch_samples, weight, self.accelerator) if self.in_step else self.sum_over_ranks(weight)
+        if self.in_step:
+            return even_parts(batch_samples, weight, self.accelerator)
+        if self.objective.gathers_pairs and self.args.world_size > 1:
+            return note_pairs(batch_samples, weight, self.accelerator)
+        return self.sum_over_ranks(weight)
 
     def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
         """[N] of each part, see `unweigh_fillers`."""
@@ -390,7 +395,12 @@ class DPOTrainer(DurableTrainer):
         policy = self.scorer(model, batch)  # logprobs.py
         reference = self.reference.logps(model, batch)  # reference/
         losses = self.objective(  # losses/  [N]
-            policy, reference, training=model.training, weight=batch.weight, margin=batch.margin
+            policy,
+            reference,
+            training=model.training,
+            weight=batch.weight,
+            margin=batch.margin,
+            pairs_by_rank=batch.pairs_by_rank,
         ).total
         parts = StepParts(batch=batch, policy=policy, reference=reference, losses=losses, beta=self.args.beta)
         self.metrics["train" if model.training else "eval"].add(parts)  # metrics.py
