@@ -342,7 +342,7 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "Run Python code that comes with a model or a tokenizer. Off for a reason."}
     )
     activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep the activations that backward needs in host memory (GPU only)."}
+        default=False, metadata={"help": "Keep the activations that backward needs in pinned host memory (GPU only)."}
     )
 
     # --- faults ---
