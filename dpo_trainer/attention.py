@@ -143,7 +143,8 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _hidden(query: Tensor, key: Tensor, segments: Segments, window: int | None, mutual: Mutual) -> Tensor:
     """[q, k] True where a query does not see a key. All layers of the batch share it."""
-    what = (query.shape[2], key.shape[2], window, query.device, mutual)
+    k = key.shape[2]
+    what = (query.shape[2], k, None if window is None or window >= k else window, query.device, mutual)
     return segments.remember(("hidden", *what), lambda: ~_visible(*what))
 
 

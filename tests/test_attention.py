@@ -20,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -285,6 +287,35 @@ def test_a_step_without_gradients_or_flat_rows_installs_nothing():
         with torch.no_grad():
             scorer(model, batch_of())
         assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 3}, {"sliding_window": None}])
+def test_a_batch_forgets_its_masks_when_its_step_is_over(options):
+    """Micro-batches of an optimizer step are there until its end: their masks would be as well."""
+    model = MistralForCausalLM(MistralConfig(**{**tiny.SIZES, **options}))
+    scorer, batch = Scorer(model), batch_of()
+    with scorer.step():
+        scorer(model, batch).chosen.sum().backward()
+        assert batch.segments._memo, "policy and reference share them"
+    assert not batch.segments._memo
+
+
+def test_all_layers_share_the_mask_of_a_segment(monkeypatch):
+    """Also where autocast changes dtypes, and where the formula is written out."""
+    made: list[tuple[int, ...]] = []
+    visible = attention._visible
+
+    def counted(q: int, k: int, *more: Any) -> Tensor:
+        made.append((q, k))
+        return visible(q, k, *more)
+
+    monkeypatch.setattr(attention, "_visible", counted)
+    for model in (MistralForCausalLM(MistralConfig(**{**tiny.SIZES, "sliding_window": 2})), Gemma2ForCausalLM(CAPPED)):
+        made.clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            Scorer(model)(model, batch_of())
+        assert len(model.model.layers) == 2
+        assert len(made) == len(set(made)) > 0
 
 
 def test_backward_after_the_step_is_refused():

@@ -18,7 +18,7 @@ import math
 import os
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,14 +44,27 @@ def find_a_gpu() -> None:
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment, method-assign]
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.current_device, torch.cuda.device_count = (lambda: 0), (lambda: 1)
+    torch.cuda.set_device = lambda device: None
     torch.cuda.get_device_capability = lambda *_: CAPABILITY
     torch.backends.cuda.is_flash_attention_available = lambda: True
     for drawing in ("uniform_", "normal_"):  # there is no generator on the device, and no number to change
         setattr(torch.Tensor, drawing, lambda self, *_, **__: self)
+    torch.nn.Module._apply = _move  # type: ignore[assignment]
     F.scaled_dot_product_attention = _sdpa
     bias.can_use_flash_attention = lambda p: _flash_can(p.query, p.key, p.value, p.attn_mask)  # type: ignore[assignment]
     bias.can_use_efficient_attention = lambda p: _efficient_can(p.query, p.key)  # type: ignore[assignment]
     _prepare_package()
+
+
+def _move(self: torch.nn.Module, move: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
+    """`Module.to` exchanges the insides of tensors, which those without data do not allow: here it exchanges parameters."""
+    for module in self.modules() if recurse else (self,):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (moved := move(parameter)) is not parameter:
+                module._parameters[name] = torch.nn.Parameter(moved.detach(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else move(buffer)
+    return self
 
 
 def fake_batch(pairs: Sequence[Any], layout: str) -> Any:
@@ -168,6 +181,8 @@ class Watch(TorchDispatchMode):
             out = func(*args, **kwargs)
         if name in KERNELS:
             kind, first = KERNELS[name]
+            if name == "aten::_efficient_attention_forward":  # the only one with tokens before heads
+                args = (*(x.transpose(1, 2) for x in args[:3]), *args[3:])
             self.kernels.append(_kernel(kind, args[first:], kwargs))
         elif name in ("aten::_to_copy", "aten::copy_"):
             source, target = (args[0], out) if name == "aten::_to_copy" else (args[1], args[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,11 @@ def begin(guard: str) -> None:
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What `function` returns among fake tensors; a RuntimeError with its traceback where it raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        return function(**arguments)
+    try:
+        with FakeTensorMode():
+            return function(**arguments)
+    except Exception:  # many of torch's cannot be sent to another process
+        raise RuntimeError(traceback.format_exc()) from None
