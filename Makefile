@@ -5,7 +5,7 @@ PYTHON ?= python3
 # constraints.txt pins what was tested. Its torch also exists as a CPU build; on a machine with a GPU pip takes the CUDA build.
 INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-vision test test-gpu test-faults test-distributed test-oldest test-newest lock check docs bench bench-gpu clean
+.PHONY: demo demo-vision test test-gpu test-faults test-distributed test-oldest test-newest lock check docs bench bench-gpu gpu-first clean
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -72,6 +72,11 @@ bench: .venv/installed .venv-trl/bin/python
 bench-gpu: .venv/installed .venv-trl/bin/python
 	.venv/bin/python benchmarks/suite.py 'gpu-*'
 	.venv/bin/python benchmarks/report.py
+
+# all that only a card can tell, in at most 12 minutes of one; the results go to benchmarks/results/gpu-first-DEVICE.md; has never run
+gpu-first: .venv/installed-dev
+	-$(MAKE) .venv-trl/bin/python
+	.venv/bin/python benchmarks/gpu_first.py
 
 clean:
 	rm -rf .venv .venv-uv .venv-oldest .venv-newest build dist *.egg-info

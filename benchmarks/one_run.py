@@ -97,7 +97,8 @@ def main() -> None:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     on_gpu = job["device"] == "cuda"
     used = time.perf_counter if on_gpu else time.process_time
-    rate = matmul_rate(job["matmul_shapes"], getattr(torch, job["dtype"]), job["device"], used)
+    multiplied = getattr(torch, job.get("multiplied", job["dtype"]))  # under autocast not the dtype of the weights
+    rate = matmul_rate(job["matmul_shapes"], multiplied, job["device"], used)
     gc.collect()
     tokens, precompute = Tokens(), Precompute()
     clock = Clock(job["device"], tokens.so_far)

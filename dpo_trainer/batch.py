@@ -6,6 +6,7 @@ log-probs: nats, float32, summed over a completion unless the name says mean
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
@@ -234,6 +235,7 @@ class PairBatch:
     keys: tuple[bytes, ...] | None = (
         None  # [C] what each completion is (data/content.py), on the host; None: not asked for
     )
+    pairs_by_rank: tuple[int, ...] | None = None  # N of every rank, on the host; None: not asked for
     images: ImageBatch | None = None
     token_types: dict[str, Tensor] | None = None  # {argument of the model: [R, L]} padded: which tokens are an image's
 
@@ -254,7 +256,7 @@ class PairBatch:
                 "batches with DataCollatorForPreference(..., max_tokens=None, pack_tokens=None)."
             )
         if device is not None:
-            inputs = send_to_device(dict(inputs), device)
+            inputs = sent(dict(inputs), device)
         if "score_at" not in inputs:
             return cls.from_completion_mask(inputs)
         return cls(**{f.name: inputs[f.name] for f in dataclasses.fields(cls) if f.name in inputs})
@@ -307,6 +309,21 @@ class PairBatch:
         )
 
 
+def with_scored_tokens(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a collator returned, with what `PairBatch.from_completion_mask` reads from its masks, if it is one for other
+    libraries. Its own entries stay, and stay first: accelerate and Trainer take the batch size from the first tensor."""
+    if MICRO_BATCHES in inputs or "score_at" in inputs:
+        return dict(inputs)
+    batch = PairBatch.from_completion_mask(inputs)
+    read = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in inputs}
+    return {**inputs, **{name: value for name, value in read.items() if value is not None}}
+
+
+def sent(data: T, device: torch.device) -> T:
+    """Every tensor in `data` on `device`, without waiting for it: a GPU computes with them once they are there."""
+    return send_to_device(data, device, non_blocking=device.type == "cuda")
+
+
 MICRO_BATCHES = "micro_batches"
 """Key of the parts of a batch that a collator cut."""
 
@@ -330,6 +347,16 @@ def pair_row(inputs: Mapping[str, Any]) -> Tensor:
         return inputs["row"]
     weight = pair_weight(inputs)
     return torch.arange(len(weight), device=weight.device)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Around arithmetic on `tensor` that mixed precision must leave alone.
+
+    Autocast rounds the inputs of some operations (products of vectors among them) to its dtype, also where they are float32.
+    """
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 def widest_float(device: torch.device) -> torch.dtype:

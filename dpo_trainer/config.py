@@ -349,7 +349,7 @@ class DPOConfig(TrainingArguments):
         default=False, metadata={"help": "Run Python code that comes with a model or a tokenizer. Off for a reason."}
     )
     activation_offloading: bool = field(
-        default=False, metadata={"help": "Keep the activations that backward needs in host memory (GPU only)."}
+        default=False, metadata={"help": "Keep the activations that backward needs in pinned host memory (GPU only)."}
     )
 
     # --- faults ---
@@ -439,6 +439,7 @@ class DPOConfig(TrainingArguments):
         checks.resolve_moving_reference(self)
         checks.resolve_checkpointing(self)
         checks.resolve_precision(self)
+        checks.resolve_transfers(self)
         super().__post_init__()
         checks.check_against_trainer(self)
         check_launcher(self)

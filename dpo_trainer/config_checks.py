@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import fields
@@ -275,6 +276,16 @@ def check_sampling(config: DPOConfig, train_dataset: Any) -> None:
 def resolve_dispatch(config: DPOConfig) -> None:
     """Every process reads its own batches, those of a stream too: accelerate would cut and send around one process's."""
     config.accelerator_config.dispatch_batches = False
+
+
+def resolve_transfers(config: DPOConfig) -> None:
+    """Batches go to a GPU from pinned memory without being waited for, unless `accelerator_config` says how they go."""
+    given: Any = config.accelerator_config
+    if isinstance(given, str) and given.startswith("{"):
+        given = json.loads(given)
+    pinned = config.dataloader_pin_memory and torch.cuda.is_available() and not config.use_cpu
+    if pinned and (given is None or isinstance(given, dict)):
+        config.accelerator_config = {"non_blocking": True, **(given or {})}
 
 
 def _computes_in_bfloat16(on_cpu: bool) -> bool:

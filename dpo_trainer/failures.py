@@ -64,8 +64,11 @@ class StepWatch:
             return Verdict(0, False, stop_asked, [], interrupted=interrupted)
         ids, losses = (torch.cat(column) for column in zip(*seen, strict=True))
         bad = ~torch.isfinite(losses)
-        size = torch.as_tensor(1.0 if norm is None else norm, device=losses.device)
-        stop, ctrl_c = torch.tensor([stop_asked, interrupted], device=losses.device)
+        # Filled in on the device: a number that is copied there would be waited for.
+        size = (
+            norm.to(losses.device) if isinstance(norm, Tensor) else losses.new_full((), 1.0 if norm is None else norm)
+        )
+        stop, ctrl_c = (losses.new_full((), told) for told in (stop_asked, interrupted))
         here = torch.stack([bad.sum(), ~torch.isfinite(size), stop, size != 0, ctrl_c])
         pairs, gradients, stops, moves, ctrl_cs = gather(here.float()).tolist()
         own = list(dict.fromkeys(ids[bad].tolist())) if pairs else []  # pairs of one row have one id

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .batch import without_autocast
+
 
 @dataclass(frozen=True)
 class Head:
@@ -83,7 +85,8 @@ def chunk_size(head: Head, states: Tensor) -> int:
 def stats_of(logits: Tensor, targets: Tensor, stats: frozenset[str]) -> dict[str, Tensor]:
     """[B, V] logits -> the log-prob of each target (differentiable) and the extras (not), float32 [B] each."""
     names = sorted(stats)
-    logps, *extras = _TargetLogps.apply(logits, targets, names)
+    with without_autocast(logits):
+        logps, *extras = _TargetLogps.apply(logits, targets, names)
     return {"logps": logps, **dict(zip(names, extras, strict=True))}
 
 
@@ -108,8 +111,9 @@ class _TargetLogps(torch.autograd.Function):
         """d logp / d logits = one-hot of the target - probabilities."""
         logits, targets, normaliser = ctx.saved_tensors
         size, out = _block_size(logits), torch.empty_like(logits)
-        for into, *block in zip(*(x.split(size) for x in (out, logits, targets, normaliser, grad)), strict=True):
-            into.copy_(_gradient(*block))
+        with without_autocast(logits):
+            for into, *block in zip(*(x.split(size) for x in (out, logits, targets, normaliser, grad)), strict=True):
+                into.copy_(_gradient(*block))
         return out, None, None
 
 

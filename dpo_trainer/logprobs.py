@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import SharedPromptAttention, keep_soft_caps
-from .batch import PairBatch, PairLogps, TokenLogps
+from .batch import PairBatch, PairLogps, TokenLogps, without_autocast
 from .head import Head, score_chunks, scoring_head, stats_of
 
 METRIC_STATS = frozenset({"entropy", "is_top1", "mean_logit"})
@@ -92,7 +92,8 @@ class Scorer:
             tokens, aux_loss = score(model, batch, stats, more)
         if batch.is_flat:
             self.attention.guard(tokens.logps)
-        return PairLogps.from_tokens(tokens, aux_loss)
+        with without_autocast(tokens.logps):
+            return PairLogps.from_tokens(tokens, aux_loss)
 
 
 def router_loss_weight(model: PreTrainedModel, requested: float | None) -> float:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from .batch import PairBatch, PairLogps, widest_float
+from .batch import PairBatch, PairLogps, widest_float, without_autocast
 
 logger = logging.get_logger(__name__)
 
@@ -165,7 +166,8 @@ class MetricSums:
 
     @torch.no_grad()
     def add(self, parts: StepParts) -> None:
-        table = torch.stack([metric(parts) for metric in self.metrics.values()])
+        with without_autocast(parts.losses):
+            table = torch.stack([metric(parts) for metric in self.metrics.values()])
         table = table.to(widest_float(table.device))
         self.table = table if self.table is None else self.table + table
         self.num_tokens += parts.batch.num_tokens
@@ -190,7 +192,8 @@ class MetricSums:
             if self.table is None
             else self.table
         )
-        return torch.cat([table, table.new_tensor([[self.num_tokens, 0.0]])])
+        tokens = F.pad(table.new_full((1, 1), self.num_tokens), (0, 1))
+        return torch.cat([table, tokens])
 
     def reduce(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> tuple[dict[str, float], int]:
         """(means over all pairs since the last call, tokens computed since then), on all ranks: one collective, one wait.

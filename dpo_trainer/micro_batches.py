@@ -70,12 +70,26 @@ def even_parts(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: A
 
     What is added are repeats of weight 0: computed, and not counted. Returns the sum of `weight` over ranks.
     """
-    parts = [len(batch[MICRO_BATCHES]) for batch in batches]
-    here = torch.stack([weight, *(weight.new_tensor(number) for number in parts)])
-    table = accelerator.gather(here[None])  # [ranks, 1 + batches]
-    for batch, most in zip(batches, table[:, 1:].amax(0).tolist(), strict=True):
-        _fill_up(batch[MICRO_BATCHES], int(most))
-    return table[:, 0].sum()
+    total, table = _numbers_of_ranks(weight, [len(batch[MICRO_BATCHES]) for batch in batches], accelerator)
+    for batch, numbers in zip(batches, table, strict=True):
+        _fill_up(batch[MICRO_BATCHES], max(numbers))
+    return total
+
+
+def note_pairs(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: Accelerator) -> Tensor:
+    """Write into the batches of a step, in place, how many pairs each rank has: a loss that gathers them in the middle of a
+    micro-batch would wait for its forward pass to find out. One collective, one wait. Returns the sum of `weight` over ranks."""
+    total, table = _numbers_of_ranks(weight, [len(pair_weight(batch)) for batch in batches], accelerator)
+    for batch, numbers in zip(batches, table, strict=True):
+        batch["pairs_by_rank"] = tuple(numbers)
+    return total
+
+
+def _numbers_of_ranks(weight: Tensor, numbers: list[int], accelerator: Accelerator) -> tuple[Tensor, list[list[int]]]:
+    """The sum of `weight` over ranks, and what each rank has in the place of every one of `numbers`."""
+    here = torch.stack([weight, *(weight.new_full((), number) for number in numbers)])
+    table = accelerator.gather(here[None])  # [ranks, 1 + numbers]
+    return table[:, 0].sum(), [[int(number) for number in column] for column in table[:, 1:].T.tolist()]
 
 
 def _fill_up(parts: list[dict[str, Any]], number: int) -> None:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
+from .batch import with_scored_tokens
 from .config import DPOConfig
 from .data import DataCollatorForPreference
 from .data.packs import check_rows_fit
 from .layout import Layout
 from .losses import Objective
 from .micro_batches import tokens_of_a_part
+
+
+@dataclass(frozen=True)
+class ScoredOnTheHost:
+    """A collator for other libraries, whose masks say which tokens are scored: read before they are on a GPU, which would be
+    waited for in every micro-batch, and by the workers of the data loader."""
+
+    collator: Callable
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return with_scored_tokens(self.collator(rows))
 
 
 def run_collator(
@@ -49,7 +62,7 @@ def run_collator(
     if layout.images is not None and isinstance(given, DataCollatorForPreference) and given.images is None:
         given = copy.copy(given)
         given.images = layout.images  # which only the trainer knows
-    return given
+    return given if isinstance(given, DataCollatorForPreference) else ScoredOnTheHost(given)
 
 
 def check_budget(args: DPOConfig, layout: Layout, datasets: Mapping[str, Any]) -> None:

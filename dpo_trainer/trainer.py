@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import recursively_apply
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .assembly import Given, assemble
-from .batch import PairBatch, micro_batches, pair_weight
+from .batch import PairBatch, micro_batches, pair_weight, sent
 from .best_metric import check_best_metric
 from .callbacks import CheckReference, MoveReference, beside_progress_bar
 from .checkpoints import GivenConfig
@@ -56,10 +55,12 @@ from .micro_batches import (
     in_row_order,
     joined,
     keeps_ranks_in_step,
+    note_pairs,
     step_through,
     weighted_mean,
 )
 from .model_card import write_model_card
+from .offloading import ActivationsOnHost
 from .optimizer_checks import check_given_optimizer
 from .positions import table_of_positions, window_of
 from .precompute import Filled, Precompute
@@ -201,7 +202,6 @@ class DPOTrainer(DurableTrainer):
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.in_step = keeps_ranks_in_step(args, cuts_weights=cuts_weights(args))
-        self.activations = partial(save_on_cpu, pin_memory=True) if args.activation_offloading else nullcontext
         self._start_counting()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
@@ -340,7 +340,11 @@ class DPOTrainer(DurableTrainer):
             self._unweigh_fillers(batch_samples[-1], self._train_batch_size)
         parts = [part for batch in batch_samples for part in micro_batches(batch)]
         weight = sum((pair_weight(part).sum() for part in parts), torch.zeros((), device=device))
-        return even_parts(batch_samples, weight, self.accelerator) if self.in_step else self.sum_over_ranks(weight)
+        if self.in_step:
+            return even_parts(batch_samples, weight, self.accelerator)
+        if self.objective.gathers_pairs and self.args.world_size > 1:
+            return note_pairs(batch_samples, weight, self.accelerator)
+        return self.sum_over_ranks(weight)
 
     def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
         """[N] of each part, see `unweigh_fillers`."""
@@ -357,7 +361,7 @@ class DPOTrainer(DurableTrainer):
 
     def _prepare_input(self, data: Any) -> Any:
         """Moved to the device, and no more: for DeepSpeed, `Trainer` would round weights and margins to its dtype."""
-        return send_to_device(data, self.args.device)
+        return sent(data, self.args.device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step = partial(self._step_of_part, model, num_items_in_batch)
@@ -365,8 +369,13 @@ class DPOTrainer(DurableTrainer):
 
     def _step_of_part(self, model: nn.Module, num_items_in_batch: Any, inputs: dict[str, Any]) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
-        with explained(inputs, self._memory_advice), self.scorer.step(), self.activations():
+        with explained(inputs, self._memory_advice), self.scorer.step(), self._activations(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def _activations(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
+        if not self.args.activation_offloading:
+            return nullcontext()
+        return ActivationsOnHost(self.model, tokens=inputs["input_ids"].numel())
 
     def _memory_advice(self) -> MemoryAdvice:
         return MemoryAdvice.of(
@@ -386,7 +395,12 @@ class DPOTrainer(DurableTrainer):
         policy = self.scorer(model, batch)  # logprobs.py
         reference = self.reference.logps(model, batch)  # reference/
         losses = self.objective(  # losses/  [N]
-            policy, reference, training=model.training, weight=batch.weight, margin=batch.margin
+            policy,
+            reference,
+            training=model.training,
+            weight=batch.weight,
+            margin=batch.margin,
+            pairs_by_rank=batch.pairs_by_rank,
         ).total
         parts = StepParts(batch=batch, policy=policy, reference=reference, losses=losses, beta=self.args.beta)
         self.metrics["train" if model.training else "eval"].add(parts)  # metrics.py

@@ -8,8 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from dpo_trainer.batch import PairBatch, PairLogps, Segments, TokenLogps, pair_weight
+from dpo_trainer.batch import (
+    PairBatch,
+    PairLogps,
+    Segments,
+    TokenLogps,
+    micro_batches,
+    pair_weight,
+    with_scored_tokens,
+)
+from dpo_trainer.data import DataCollatorForPreference
 
 # Two pairs as another library would collate them: chosen rows, then rejected rows.
 #   pair 0: prompt 5 6, chosen 7 8 9, rejected 4      pair 1: prompt 1, chosen 2, rejected 3 3
@@ -192,3 +203,33 @@ def test_sums_are_float32_whatever_the_tokens_are():
     sums = tokens.sum_by_completion(torch.full((1000,), -1.0, dtype=torch.bfloat16))
     assert sums.dtype == torch.float32
     assert sums.tolist() == [-1000.0]
+
+
+def test_a_batch_survives_pinning(monkeypatch):
+    """As the data loader pins it: tensors at any depth, everything else as it is."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self, *_: pinned.append(self) or self.clone())
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}] * 4
+    for max_tokens in (None, 10):
+        inputs = DataCollatorForPreference(0, keyed=True, max_tokens=max_tokens)(rows)
+        after = pin_memory(inputs)
+        for before, part in zip(micro_batches(inputs), micro_batches(after), strict=True):
+            want, got = PairBatch.from_inputs(before), PairBatch.from_inputs(part)
+            assert got.segments == want.segments
+            assert list(got.keys) == list(want.keys)
+            assert torch.equal(got.input_ids, want.input_ids)
+    assert len(pinned) > 20
+
+
+def test_masks_of_another_library_are_read_before_a_batch_is_sent():
+    """The same batch, with entries of its own first: accelerate takes the batch size from the first tensor."""
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}] * 2
+    padded = DataCollatorForPreference(0, layout="padded")(rows)
+    foreign = {name: padded[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+    inputs = with_scored_tokens(foreign)
+    assert list(inputs)[:3] == list(foreign)
+    got, want = PairBatch.from_inputs(inputs), PairBatch.from_completion_mask(foreign)
+    for field in dataclasses.fields(PairBatch):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        assert torch.equal(a, b) if isinstance(b, Tensor) else a == b, field.name
+    assert with_scored_tokens(padded) == padded

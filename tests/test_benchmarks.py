@@ -21,6 +21,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_data
 import cases
 import floor
+import gpu_first
+import gpu_first_report
 import jobs
 import one_run
 import plots
@@ -400,3 +402,44 @@ def test_plots_of_hand_made_records(tmp_path):
     first = paths[0].read_bytes()
     plots.draw(records, tmp_path)
     assert paths[0].read_bytes() == first
+
+
+# --- the first run on a GPU ---
+
+
+@pytest.mark.slow
+def test_the_first_run_on_a_gpu_goes_through_without_one(tmp_path):
+    """Tiny shapes on a CPU. A part that fails is written down, and costs no other."""
+    places = ["--results", str(tmp_path / "results"), "--cache", str(tmp_path), "--trl-python", str(tmp_path / "none")]
+    assert gpu_first.main(["--dry_run", "--only", "trl", "steps", "trace", *places]) == 1
+    record = json.loads((tmp_path / "results" / "gpu-first-dry-run.json").read_text())
+    assert list(record["parts"]) == ["trl", "steps", "trace"]
+    assert [part for part, figures in record["parts"].items() if "failed" in figures] == ["trl"]
+    assert record["parts"]["steps"]["losses"][0] == pytest.approx(0.6931, abs=1e-4)
+    assert record["parts"]["trace"]["attention_calls_per_step"]
+    table = (tmp_path / "results" / "gpu-first-dry-run.md").read_text()
+    assert "A dry run" in table
+    assert "## trl failed" in table
+    assert (tmp_path / "results" / "gpu-first-dry-run.trace.json.gz").stat().st_size > 10_000
+
+
+def test_a_part_of_the_first_run_that_takes_too_long_is_ended(tmp_path):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with (tmp_path / "log").open("w") as log:
+        assert gpu_first.ended_within(0.5, command, log, {}) == "ended after 0.5 seconds"
+        assert gpu_first.ended_within(30, [sys.executable, "-c", "raise SystemExit(3)"], log, {}) == "exit code 3"
+    assert sum(gpu_first.LIMITS.values()) <= 11 * 60
+
+
+def test_losses_of_the_first_run_are_compared():
+    steps = {"losses": [0.69, 0.5], "pairs_per_wall_s": 1.0, "useful_tokens": 10, "wall_s": 2.0, "share_of_floor": 0.5}
+    steps |= {"useful_flops": 1e12, "peak_rss_gb": 3.0, "first_step_s": 4.0}
+    for losses, said in (
+        ([0.69, 0.52], "agree, by at most 2.0e-02"),
+        ([0.69, 0.7], "**differ**"),
+        ([0.69], "**differ**"),
+    ):
+        parts = {"steps": steps, "trl": steps | {"losses": losses}, "machine": {"rate": 1e12}}
+        table = gpu_first_report.as_markdown({"date": "2026-01-01", "dry_run": False, "parts": parts})
+        assert f"| losses here beside TRL | {said}" in table
+        assert "5 tokens/s, 50% of the rate of products of its own shapes, 50% of that of large ones" in table

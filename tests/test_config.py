@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -523,3 +524,24 @@ def test_every_field_has_help():
     for option in dataclasses.fields(DPOConfig):
         if option.name in OWN:
             assert len(option.metadata.get("help", "")) > 15, option.name
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (None, True),
+        ({"even_batches": True}, True),
+        ('{"non_blocking": false}', False),
+        ({"non_blocking": False}, False),
+    ],
+)
+def test_batches_are_not_waited_for_unless_asked(given, want, monkeypatch):
+    """With a GPU, as far as the config can see."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = SimpleNamespace(accelerator_config=given, dataloader_pin_memory=True, use_cpu=False)
+    config_checks.resolve_transfers(config)  # type: ignore[arg-type]
+    taken = config.accelerator_config
+    assert (json.loads(taken) if isinstance(taken, str) else taken)["non_blocking"] is want
+    config = SimpleNamespace(accelerator_config=given, dataloader_pin_memory=False, use_cpu=False)
+    config_checks.resolve_transfers(config)  # type: ignore[arg-type]
+    assert config.accelerator_config == given, "memory that is not pinned is left to accelerate"

@@ -237,7 +237,7 @@ def test_options_that_pages_name_exist(page):
     scripts |= set(
         "nnodes nproc-per-node rdzv-backend rdzv-endpoint rdzv-id rdzv_backend max-restarts max_restarts".split()
     )
-    scripts |= {"main_process_ip", "deepspeed_multinode_launcher"}
+    scripts |= {"main_process_ip", "deepspeed_multinode_launcher", "dry_run"}
     known = {option.name for kind in generate_kinds() for option in fields(kind)} | scripts
     if page.name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         known |= {"float64", "gradient-checkpointing", "markers"}

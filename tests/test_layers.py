@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dpo_trainer"
 # Left to right; what shares a place does not import from each other.
 ORDER: list[set[str]] = [
     {"registry", "user_module", "batch", "sharding", "engines", "cache_folders", "versions", "printable"},
-    {"linear_check"},
+    {"linear_check", "offloading"},
     {"data"},
     {"varlen", "head"},
     {"attention"},

@@ -448,9 +448,10 @@ def on_ranks(work, world: int) -> list:
     return results
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["", "counts known"])
 @pytest.mark.parametrize("sizes", [(4, 2), (1, 4, 2)], ids=["two", "three"])
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired", "bco_pair"])
-def test_ranks_together_compute_the_loss_of_the_whole_batch(name, sizes):
+def test_ranks_together_compute_the_loss_of_the_whole_batch(name, sizes, known):
     """Uneven ranks, one of them with a filler: losses of `aot` per pair, sums and gradients of all, as on one rank."""
     policy, reference, _ = random_pairs(sum(sizes), seed=6)
     weight = torch.ones(sum(sizes), dtype=torch.float64)
@@ -468,7 +469,10 @@ def test_ranks_together_compute_the_loss_of_the_whole_batch(name, sizes):
         policy_ = logps_of(policy.chosen.detach()[mine], policy.rejected.detach()[mine], dtype=torch.float64)
         objective = Objective.from_config(args)
         objective.ranks = ranks
-        total = objective(policy_, part(reference, mine), training=True, weight=weight[mine]).total
+        pairs = sizes if known else None
+        total = objective(
+            policy_, part(reference, mine), training=True, weight=weight[mine], pairs_by_rank=pairs
+        ).total
         (total * weight[mine]).sum().backward()
         return total.detach(), policy_.chosen.grad, policy_.rejected.grad, objective.state_dict()
 
@@ -485,6 +489,24 @@ def test_ranks_together_compute_the_loss_of_the_whole_batch(name, sizes):
         for r in rows
     ]
     assert not torch.allclose(torch.cat(by_themselves), want, rtol=1e-4)  # else nothing crossed between ranks
+
+
+def test_pairs_are_gathered_without_a_wait_where_their_numbers_are_known(monkeypatch):
+    """A second exchange, and its result on the host, only where they are not."""
+    exchanged: list[tuple[int, ...]] = []
+    inner = SimulatedRanks.exchange
+    monkeypatch.setattr(SimulatedRanks, "exchange", lambda self, x: exchanged.append(tuple(x.shape)) or inner(self, x))
+    for counts, shapes in ((None, [(1,), (1,), (2, 3), (2, 3)]), ((1, 2), [(2, 3), (2, 3)])):
+        exchanged.clear()
+        got = on_ranks(
+            lambda ranks, counts=counts: ranks.knowing(counts).gather_pairs(
+                torch.full((ranks.index + 1, 3), ranks.index)
+            ),
+            2,
+        )
+        assert sorted(exchanged) == shapes
+        assert [rows.tolist() for rows, _ in got] == [[[0] * 3, [1] * 3, [1] * 3]] * 2
+        assert [first for _, first in got] == [0, 1]
 
 
 @pytest.mark.distributed
@@ -713,6 +735,21 @@ def test_objective_puts_the_parts_together():
     got = objective(policy, reference, training=True)
     torch.testing.assert_close(got.total, mixture * wpo_weight(policy, clamp=False) + 0.5 * nll)
     torch.testing.assert_close(got.nll, nll)
+
+
+def test_mixed_precision_leaves_losses_alone(registry):
+    """To the bit, also where a loss of the user has a matrix product."""
+
+    @register_loss("product")
+    def product(policy: PairLogps, reference: PairLogps, *, beta: float) -> torch.Tensor:
+        return torch.stack([policy.chosen, reference.chosen], 1) @ torch.tensor([beta, 1.0])
+
+    policy = PairLogps.from_tokens(random_tokens())
+    objective = Objective.from_config(config(loss_type=["product", "sigmoid"], use_weighting=True, ld_alpha=0.5))
+    plain = objective(policy, policy, training=True).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = objective(policy, policy, training=True).total
+    assert torch.equal(mixed, plain)
 
 
 def test_rpo_alpha_is_sigmoid_plus_sft():

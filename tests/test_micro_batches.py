@@ -37,6 +37,7 @@ from dpo_trainer.micro_batches import (
     even_parts,
     in_row_order,
     keeps_ranks_in_step,
+    note_pairs,
     step_through,
     weighted_mean,
 )
@@ -357,6 +358,14 @@ def test_ranks_agree_on_the_number_of_parts_in_one_collective():
     assert [p["input_ids"].numel() for p in first] == [9, 4, 6, 4, 4], "the smallest is repeated"
     assert [p["weight"].sum().item() for p in first] == [2, 2, 2, 0, 0]
     assert [p["weight"].sum().item() for p in second] == [2, 0, 0]
+
+
+def test_ranks_say_how_many_pairs_they_have_in_one_collective():
+    batches: list[dict[str, Any]] = [{"weight": torch.ones(3)}, {"weight": torch.ones(1)}]
+    ranks: Any = TwoRanks(more=2)
+    assert note_pairs(batches, torch.tensor(4.0), ranks) == 14
+    assert ranks.calls == 1
+    assert [batch["pairs_by_rank"] for batch in batches] == [(3, 5), (1, 3)]
 
 
 def test_repeated_parts_count_for_nothing(tmp_path, monkeypatch):

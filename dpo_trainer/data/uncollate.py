@@ -23,7 +23,8 @@ def as_padded(batch: PairBatch, pad_token_id: int, images: ImageInputs | None = 
     if not batch.is_flat:
         return batch
     inputs = inputs_of(pairs_of(batch), "padded", pad_token_id, keyed=batch.keys is not None, images=images)
-    return dataclasses.replace(PairBatch.from_inputs(inputs, batch.input_ids.device), weight=batch.weight)
+    padded = PairBatch.from_inputs(inputs, batch.input_ids.device)
+    return dataclasses.replace(padded, weight=batch.weight, pairs_by_rank=batch.pairs_by_rank)
 
 
 def pairs_of(batch: PairBatch) -> list[TokenizedPair]:

@@ -36,7 +36,7 @@ def aot(
     Source: Melnyk et al. 2024, arXiv:2406.05882, paired case, logistic loss.
     """
     u, counts = policy.margin(), counted(policy, weight)
-    gathered, first = ranks.gather(torch.stack([u, reference.margin()], 1).where(counts[:, None], torch.inf))
+    gathered, first = ranks.gather_pairs(torch.stack([u, reference.margin()], 1).where(counts[:, None], torch.inf))
     v = opposite(gathered[:, 0], gathered[:, 1], first, len(u)).where(counts, u.detach())
     return smoothed_logistic(beta * (u - v), label_smoothing).where(counts, 0)
 
@@ -63,7 +63,7 @@ def aot_unpaired(
     """
     counts = counted(policy, weight)
     chosen, rejected = log_ratios(policy, reference)
-    gathered, first = ranks.gather(torch.stack([chosen, rejected], 1).where(counts[:, None], torch.inf))
+    gathered, first = ranks.gather_pairs(torch.stack([chosen, rejected], 1).where(counts[:, None], torch.inf))
     all_chosen, all_rejected = gathered.unbind(1)
     below_chosen = opposite(all_chosen, all_rejected, first, len(chosen)).where(counts, chosen.detach())
     above_rejected = opposite(all_rejected, all_chosen, first, len(chosen)).where(counts, rejected.detach())
@@ -126,7 +126,7 @@ class RunningShift:
         self.mean, self.count = mark
 
     def to(self, device: torch.device) -> RunningShift:
-        self.mean, self.count = self.mean.to(device), self.count.to(device)
+        self.mean, self.count = (value.to(device, non_blocking=True) for value in (self.mean, self.count))
         return self
 
     def state_dict(self) -> dict[str, float]:

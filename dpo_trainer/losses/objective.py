@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import PairLogps
+from ..batch import PairLogps, without_autocast
 from .batchwise import RunningShift
 from .likelihood import chosen_nll
 from .ranks import Ranks
@@ -125,6 +126,11 @@ class Objective:
         return bool(self.rpo_alpha) or self._takes("rpo_normalization")
 
     @property
+    def gathers_pairs(self) -> bool:
+        """Whether a loss looks at the pairs of all ranks."""
+        return self._takes("ranks")
+
+    @property
     def separable(self) -> bool:
         """Whether the mean over a batch is the same however the batch is split."""
         return self.couples is None
@@ -146,14 +152,30 @@ class Objective:
         training: bool,
         weight: Tensor | None = None,
         margin: Tensor | None = None,
+        pairs_by_rank: Sequence[int] | None = None,
     ) -> PairLosses:
         """`reference` None counts as zeros. `weight` [N]: pairs of weight 0 do not touch the losses of the others.
 
         `margin` [N] as the data gave it, NaN for a pair without; None where no pair of the batch has one.
+        `pairs_by_rank`: N of every rank, where it is known: losses that gather pairs then wait for nothing.
         """
+        with without_autocast(policy.chosen):
+            ranks = self.ranks.knowing(pairs_by_rank)
+            return self._losses(policy, reference, training=training, weight=weight, margin=margin, ranks=ranks)
+
+    def _losses(
+        self,
+        policy: PairLogps,
+        reference: PairLogps | None,
+        *,
+        training: bool,
+        weight: Tensor | None,
+        margin: Tensor | None,
+        ranks: Ranks,
+    ) -> PairLosses:
         weight = torch.ones_like(policy.chosen) if weight is None else weight
         shaped, shaped_reference = self._shape(policy, reference)
-        supplied = {"divergence": self.divergence, "weight": weight, "ranks": self.ranks}
+        supplied = {"divergence": self.divergence, "weight": weight, "ranks": ranks}
         if margin is not None:
             supplied["margin"] = margin
         if self._takes("delta"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,6 +15,8 @@ class Ranks:
 
     Losses that couple the pairs of a batch take it as the argument `ranks`; tests put simulated ranks in its place.
     """
+
+    counts: Sequence[int] | None = None
 
     @property
     def index(self) -> int:
@@ -30,6 +35,12 @@ class Ranks:
     def _distributed(self) -> bool:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+    def knowing(self, counts: Sequence[int] | None) -> Ranks:
+        """The same ranks, with the number of pairs of each in this micro-batch; None: not known."""
+        ranks = copy.copy(self)
+        ranks.counts = counts
+        return ranks
+
     def gather(self, rows: Tensor) -> tuple[Tensor, int]:
         """Rows of every rank, [sum of N, ...], and where this rank's begin. N may differ between ranks.
 
@@ -37,7 +48,15 @@ class Ranks:
         """
         if not self._distributed:
             return rows.detach(), 0
-        counts = [int(n) for n in self.exchange(torch.tensor([len(rows)], device=rows.device))]
+        here = rows.new_full((1,), len(rows), dtype=torch.int64)
+        return self._gather(rows, torch.cat(self.exchange(here)).tolist())
+
+    def gather_pairs(self, rows: Tensor) -> tuple[Tensor, int]:
+        """`gather` of one row for each pair, without a wait where it is known how many pairs each rank has."""
+        known = self._distributed and self.counts is not None
+        return self._gather(rows, self.counts) if known else self.gather(rows)  # type: ignore[arg-type]
+
+    def _gather(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, int]:
         padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
         received = self.exchange(torch.cat([rows.detach(), padding]))
         return torch.cat([r[:n] for r, n in zip(received, counts, strict=True)]), sum(counts[: self.index])

@@ -41,18 +41,29 @@ class Steps(TrainerCallback):
         trainer.training_step = watched  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_micro_batch_waits_for_the_device(tmp_path: Path, checkpointing: bool):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True},
+        {"activation_offloading": True},
+        {"loss_type": "aot"},
+        {"loss_type": "bco_pair"},
+        {"max_tokens_per_micro_batch": 10},
+    ],
+    ids=str,
+)
+def test_no_micro_batch_waits_for_the_device(tmp_path: Path, options: dict):
     args = DPOConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        gradient_checkpointing=checkpointing,
         max_steps=4,
         bf16=True,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
+        **options,
     )
     model = Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **SHAPE))
     trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(ROWS))
