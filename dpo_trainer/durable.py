@@ -199,7 +199,7 @@ class DurableTrainer(Trainer):
             if trial is None:
                 self.folder.hold(self)
             found = checkpoint_to_resume(asked, self.args.output_dir, force=self.args.force_resume, needs=STATE_FILE)
-            return found, self.folder.decide(found, named=names_a_folder(asked))
+            return found, self.folder.decide(found, named=names_a_folder(asked), goes_on=str(asked).lower() == "auto")
 
         self._resuming, record = self._same_on_all_ranks(decided)
         self.folder.begin(record, fresh=self._resuming is None, shared=trial is not None)

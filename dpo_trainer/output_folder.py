@@ -76,12 +76,16 @@ class OutputFolder:
         """
         hold_folder(self.path, user, force=self.force)
 
-    def decide(self, checkpoint: str | None, *, named: bool) -> RunRecord:
+    def decide(self, checkpoint: str | None, *, named: bool, goes_on: bool = False) -> RunRecord:
         """The run that begins anew, or goes on from `checkpoint`, which the user `named` or which is the last of its run.
 
+        A run that `goes_on` (`auto`) and has no checkpoint to go on from is the same one, from its beginning: those that failed
+        or are broken are its own, and make room.
         Where later checkpoints of that run are here, a run that goes on from a named one is another from there on: else
         `auto` would return to what came after.
         """
+        if checkpoint is None and goes_on and (begun := read_record(self.path)) is not None:
+            return begun
         if checkpoint is None:
             self._say_what_is_there()
             return RunRecord()
