@@ -190,11 +190,20 @@ def _mask(query: Tensor, k: int, segments: Segments, window: int | None, mutual:
     if window is None and not mutual:
         if q == k:
             return None
-        if query.is_cuda:  # aligned at the ends: to a GPU's kernels an option, and no tensor
-            return causal_lower_right(q, k)
+        if query.is_cuda and (bias := _lower_right(q, k)) is not None:
+            return bias
     # All layers of the batch share it. Of one of booleans the kernel would make, and keep, one like this in each.
     what = (q, k, window, query.device, mutual)
     return segments.remember((what, query.dtype), lambda: _added(_visible(*what), query.dtype))
+
+
+def _lower_right(q: int, k: int) -> CausalBias | None:
+    """The causal mask aligned at the ends: to a GPU's kernels an option, and no tensor. None in a dispatch mode, such as a
+    FlopCounterMode, where torch cannot make it."""
+    try:
+        return causal_lower_right(q, k)
+    except RuntimeError:
+        return None
 
 
 def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ class Kernel(NamedTuple):
     arguments: Callable[[float, int, float | None, bool], dict[str, Any]]
     """(scale, keys to the left that a query sees or -1, soft cap, whether there are fewer heads of keys) -> its options."""
 
+    @functools.cache  # noqa: B019  (there are two, and each layer asks)
     def takes(self, softcap: float | None) -> bool:
         """Whether this release has every option that is needed: `varlen_attn` of torch 2.10 and 2.11 lacks some."""
         try:

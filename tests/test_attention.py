@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AttentionInterface,
     CLIPVisionConfig,
@@ -96,6 +99,41 @@ def test_against_the_mask_written_out(name, block, monkeypatch):
     for a, b in zip(got_grads, want_grads, strict=True):
         assert b.abs().max() > 0.01
         torch.testing.assert_close(a, b, rtol=0, atol=10 * atol)
+
+
+@pytest.mark.filterwarnings("ignore:.*(kernel|attention|dtype).*")
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("one")])
+def test_calls_per_segment_as_on_a_gpu(name, monkeypatch):
+    """No mask without a window, rows of 16 entries in one with it, keys repeated for each head: the numbers are the same. The
+    tensors only say that they are on a GPU."""
+    masks: list[Tensor | None] = []
+    mask_of = attention._mask
+
+    def noted(*args: Any) -> Tensor | None:
+        masks.append(mask_of(*args))
+        return masks[-1]
+
+    shapes, options = VARIANTS[name]
+    want, _ = shared_prompt_attention(MODULE, *tensors(**shapes), None, segments=SEGMENTS, **options)
+    segments = dataclasses.replace(SEGMENTS)  # which remembers nothing
+    monkeypatch.setattr(attention, "_mask", noted)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    got, _ = shared_prompt_attention(MODULE, *tensors(**shapes), None, segments=segments, **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    read = [mask for mask in masks if mask is not None and not isinstance(mask, CausalBias)]
+    assert bool(read) == (options.get("sliding_window", 64) < 64 and not {"softcap", "s_aux"} & options.keys())
+    assert all(mask.stride(0) % 16 == 0 for mask in read)
+
+
+def test_calls_per_segment_as_on_a_gpu_while_operations_are_counted(monkeypatch):
+    """torch cannot make its causal bias there: a mask serves."""
+    want, _ = shared_prompt_attention(MODULE, *tensors(), None, segments=SEGMENTS)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    with FlopCounterMode(display=False):
+        got, _ = shared_prompt_attention(MODULE, *tensors(), None, segments=dataclasses.replace(SEGMENTS))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 def test_the_variants_differ_from_each_other():

@@ -49,6 +49,7 @@ FILES = [
     "tests/test_render.py",
     "tests/test_resume.py",
     "tests/test_training.py",
+    "tests/test_varlen.py",
     "tests/test_versions.py",
     "tests/vision",
 ]

@@ -267,11 +267,14 @@ def _sdpa(
 ) -> Tensor:
     if isinstance(attn_mask, bias.CausalBias):
         return bias.CausalBias._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # casts what comes in, and is off below
+        dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if not query.is_cuda:
         return _math_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
