@@ -20,6 +20,8 @@ import transformers
 from one_run import build_trainer
 from watching import Clock, Precompute
 
+from dpo_trainer.varlen import kernels
+
 SETTLED = 2
 """Optimizer steps before anything is watched: the first checks layout and reference."""
 
@@ -41,7 +43,7 @@ def main() -> None:
 
 def machine(job: dict[str, Any]) -> dict[str, Any]:
     facts = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    facts |= {"variable_length": variable_length(), "rate": rate(job)}
+    facts |= {"variable_length": variable_length(), "kernels": [k.name for k in kernels()], "rate": rate(job)}
     if job["device"] == "cpu":
         return {"device": "cpu", **facts}
     card = torch.cuda.get_device_properties(0)

@@ -42,6 +42,7 @@ def answers(parts: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     there = {name: figures for name, figures in parts.items() if "failed" not in figures}
     if "machine" in there:
+        found.append(("attention kernels for flat rows, in order", "; ".join(there["machine"]["kernels"]) or "none"))
         found.append(("rate of large bfloat16 products", f"{there['machine']['rate'] / 1e12:.1f} TFLOP/s"))
     if "tests" in parts and "tests" in parts["tests"]:
         tests = parts["tests"]

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -73,6 +74,7 @@ class Layout:
         self.counted = counted
         (self.scorer, _), *self.references = scored
         self.settled = False
+        self.collators: list[Any] = []  # that follow a change of the layout (run_collator.py)
         reasons = [reason, *(reason_for_padding(*own) for own in scored)]
         reason = next((r for r in reasons if r), None)
         name = type(base_model(scored[0][1])).__name__
@@ -89,7 +91,8 @@ class Layout:
     def settle(self, policy: nn.Module, batch: PairBatch) -> PairBatch:
         """`batch` in the layout of the run, which the first batch settles. `policy` is the model as it is wrapped now.
 
-        Loader workers go on collating as they began: what comes flat after a fall back to padded is taken apart here.
+        After a fall back to padded, what loader workers or collators of the user still make flat is taken apart here. That waits
+        for the device, so that collators of this process follow.
         """
         if not self.settled:
             self.settle_references(batch)
@@ -129,6 +132,8 @@ class Layout:
         if problems:
             self._fall_back(type(base_model(model)).__name__, layout, scorer.through_head, problems)
         self.name = layout
+        for collator in self.collators:
+            collator.layout = layout
 
     def _verify_quantised(self, policy: nn.Module) -> None:
         """Both ways above go through the same layers: whether gradients pass those that are quantised, nothing above shows."""

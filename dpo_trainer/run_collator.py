@@ -39,7 +39,7 @@ def run_collator(
     """
     budget = args.max_tokens_per_micro_batch
     if given is None:
-        return DataCollatorForPreference(
+        own = DataCollatorForPreference(
             pad_token_id,
             layout.name,
             args.pad_to_multiple_of,
@@ -48,6 +48,8 @@ def run_collator(
             pack_tokens=tokens_of_a_part(args, objective),
             images=layout.images,
         )
+        layout.collators.append(own)
+        return own
     if getattr(given, "max_tokens", None) != budget:
         raise ValueError(
             f"--max_tokens_per_micro_batch is {budget}, and the data_collator, which splits batches, has max_tokens "

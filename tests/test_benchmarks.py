@@ -439,7 +439,11 @@ def test_losses_of_the_first_run_are_compared():
         ([0.69, 0.7], "**differ**"),
         ([0.69], "**differ**"),
     ):
-        parts = {"steps": steps, "trl": steps | {"losses": losses}, "machine": {"rate": 1e12}}
+        parts = {
+            "steps": steps,
+            "trl": steps | {"losses": losses},
+            "machine": {"rate": 1e12, "kernels": ["varlen_attn"]},
+        }
         table = gpu_first_report.as_markdown({"date": "2026-01-01", "dry_run": False, "parts": parts})
         assert f"| losses here beside TRL | {said}" in table
         assert "5 tokens/s, 50% of the rate of products of its own shapes, 50% of that of large ones" in table

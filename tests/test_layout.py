@@ -127,6 +127,18 @@ def test_a_model_that_gets_flat_rows_wrong_falls_back_with_its_name(kind, caplog
     assert_scores_right(scorer, model, batch)
 
 
+def test_after_a_fall_back_batches_are_collated_in_padded_rows(tmp_path, monkeypatch):
+    """Taking a flat one apart waits for a GPU: that is for those that were made before the verdict, the first two."""
+    taken_apart: list[bool] = []
+    inner = layout_module.as_padded
+    monkeypatch.setattr(layout_module, "as_padded", lambda b, *rest: taken_apart.append(b.is_flat) or inner(b, *rest))
+    fell_back = tiny.trained(tmp_path, model=cheat(IgnoresSegments), max_steps=4)
+    assert fell_back.data_collator.layout == fell_back.layout.name == "padded"
+    assert taken_apart == [True, True, False, False]
+    padded = tiny.trained(tmp_path, model=cheat(IgnoresSegments), max_steps=4, layout="padded")
+    tiny.assert_same_weights(tiny.weights(fell_back.model), tiny.weights(padded.model), 1e-6)
+
+
 @pytest.mark.parametrize("kind", [*ROW_CHEATS, DoublesLogits])
 def test_flat_that_was_asked_for_and_cannot_be_stops_the_run(kind):
     model = cheat(kind)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
@@ -58,7 +59,13 @@ def test_the_kernel_runs_once_per_layer_and_forward(offloading, tmp_path: Path, 
     )
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **SHAPE))
-    trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(ROWS), callbacks=[calls])
+    trainer = DPOTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tiny.tokenizer(),
+        callbacks=[calls],
+    )
     trainer.train()
     assert args.bf16
     assert trainer.layout.name == "flat", "after the check on the first batch"

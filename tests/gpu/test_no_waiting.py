@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
@@ -66,7 +67,7 @@ def test_no_micro_batch_waits_for_the_device(tmp_path: Path, options: dict):
         **options,
     )
     model = Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **SHAPE))
-    trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(ROWS))
+    trainer = DPOTrainer(model, args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tiny.tokenizer())
     assert trainer.layout.name == "flat"
     steps = Steps(trainer)
     trainer.train()
