@@ -589,9 +589,11 @@ class DPOTrainer(DurableTrainer):
 
     def forward_again(self, batch: PairBatch) -> Tensor:
         model = self.model_wrapped
-        model.eval()
+        trains = model.training
+        model.eval()  # no random numbers
         with torch.no_grad(), evaluation(self.model, self.accelerator), self.compute_loss_context_manager():
             scored = self.scorer(model, batch)
+        model.train(trains)
         return torch.cat([scored.chosen, scored.rejected])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
