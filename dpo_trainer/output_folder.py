@@ -38,9 +38,8 @@ logger = logging.get_logger(__name__)
 RESULTS = ("*_results.json", TRAINER_STATE_NAME, WEIGHTS)
 """Files of a run that has ended, which `Trainer` would add to or leave beside those of the next."""
 PARTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
+    "*model*.safetensors*",
+    "*model*.bin*",
     "*config.json",
     "token*",
     "vocab*",
