@@ -120,6 +120,13 @@ class OutputFolder:
             for checkpoint in surplus(self.own(run_folder), limit, step, best):
                 retire(checkpoint)
 
+    def keep_only(self, run_folder: Path, best: str) -> None:
+        """The best checkpoint of this run, where it is there."""
+        own = self.own(run_folder)
+        for checkpoint in own if Path(best) in own else []:
+            if checkpoint != Path(best):
+                retire(checkpoint)
+
     def warn_of_leftovers(self) -> None:
         """After the model was saved here: say which files that would be loaded with it are older than this run."""
         left = [path.name for path in self._left(PARTS)]
