@@ -349,6 +349,17 @@ class DurableTrainer(Trainer):
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         self.folder.keep(run_folder, limit, self.state.global_step, best)
 
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any):
+        """At a limit of 1 `Trainer` would leave the best checkpoint alone in the folder, and remove those of other runs too."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        if limit == 1 and self.state.best_model_checkpoint is not None and self.args.should_save:
+            self.folder.keep_only(Path(self._get_output_dir(trial)), self.state.best_model_checkpoint)
+        return output
+
     def _name_best(self, run_folder: Path, final: Path) -> None:
         """By the name that it has from now on, not by the one it was written under."""
         best = run_folder / f"checkpoint-{self.state.best_global_step}"

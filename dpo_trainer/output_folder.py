@@ -38,9 +38,8 @@ logger = logging.get_logger(__name__)
 RESULTS = ("*_results.json", TRAINER_STATE_NAME, WEIGHTS)
 """Files of a run that has ended, which `Trainer` would add to or leave beside those of the next."""
 PARTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
+    "*model*.safetensors*",
+    "*model*.bin*",
     "*config.json",
     "token*",
     "vocab*",
@@ -123,6 +122,13 @@ class OutputFolder:
         """At most `limit` checkpoints of this run, the best and the newest of them."""
         if limit is not None and limit > 0:
             for checkpoint in surplus(self.own(run_folder), limit, step, best):
+                retire(checkpoint)
+
+    def keep_only(self, run_folder: Path, best: str) -> None:
+        """The best checkpoint of this run, where it is there."""
+        own = self.own(run_folder)
+        for checkpoint in own if Path(best) in own else []:
+            if checkpoint != Path(best):
                 retire(checkpoint)
 
     def warn_of_leftovers(self) -> None:

@@ -314,6 +314,19 @@ def test_the_limit_counts_this_run_alone(limit, tmp_path):
     assert steps(tmp_path / "new") == sorted([5, 10, 4, 6] if limit == 2 else [5, 10, 6])
 
 
+def test_the_best_one_is_left_of_this_run_alone(tmp_path):
+    """At the end, where the limit is 1."""
+    run(tmp_path / "old", max_steps=10, save_steps=5)
+    for path in (tmp_path / "old").glob("checkpoint-*"):
+        shutil.copytree(path, tmp_path / "new" / path.name)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
+    more = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the worst, of step 2
+    trainer = run(tmp_path / "new", parts={"eval_dataset": tiny.dataset(4, seed=4)}, **best, **more)
+    assert trainer.state.best_global_step == 2
+    assert steps(tmp_path / "new") == sorted([5, 10, trainer.state.best_global_step])
+    assert trainer.args.save_total_limit == 1
+
+
 def test_which_are_too_many():
     paths = [Path(f"checkpoint-{step}") for step in (10, 8, 6, 4, 2)]
 

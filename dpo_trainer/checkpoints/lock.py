@@ -20,6 +20,8 @@ LOCK = "_run.lock"
 """Locked by the system (flock), which lets go of it with the process, however that ends. The file itself stays."""
 HOLDER = "_run.holder.json"
 """Who locked it last."""
+PATIENCE = 1.0
+"""Seconds: another process may just look whether the folder is free (`is_held_elsewhere`)."""
 
 _held: weakref.WeakValueDictionary[tuple[int, str], FileLock] = weakref.WeakValueDictionary()
 """By process, for a forked one holds nothing, and folder. The trainers of one process share its lock."""
@@ -40,7 +42,7 @@ def hold_folder(folder: Path, user: object, *, force: bool = False) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder.resolve() / LOCK, thread_local=False)
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE)
             (folder / HOLDER).write_text(json.dumps(_this_process()))
         except Timeout:
             _refuse_or_warn(folder, force)
