@@ -319,15 +319,21 @@ class DurableTrainer(Trainer):
             "it, or begins anew where there is none. Name it to resume it all the same."
         )
 
-    def _finalize_training(self, *args: Any, **kwargs: Any):
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any):
         self.watch.finite_batch, batch = None, self.watch.finite_batch
         if not self.stopped_by_signal:
             self._prove_last_step(batch)
-            return super()._finalize_training(*args, **kwargs)
-        # Not the end of the run: its best model is not known yet, and the newest checkpoint stays, whatever the limit.
-        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
-        output = super()._finalize_training(*args, **kwargs)
-        self.state.best_model_checkpoint = best
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        # At a limit of 1 `Trainer` would leave the best checkpoint alone in the folder, and remove those of other runs too.
+        self.args.save_total_limit = None
+        if self.stopped_by_signal:  # not the end of the run: its best model is not known yet
+            self.state.best_model_checkpoint = None
+        try:
+            output = super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.state.best_model_checkpoint = limit, best
+        if limit == 1 and best is not None and self.args.should_save and not self.stopped_by_signal:
+            self.folder.keep_only(Path(self._get_output_dir(trial)), best)
         return output
 
     def _prove_last_step(self, batch: Any) -> None:
@@ -348,17 +354,6 @@ class DurableTrainer(Trainer):
         """At most `save_total_limit` checkpoints, the best and the newest among them."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         self.folder.keep(run_folder, limit, self.state.global_step, best)
-
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any):
-        """At a limit of 1 `Trainer` would leave the best checkpoint alone in the folder, and remove those of other runs too."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            output = super()._finalize_training(trial, *args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-        if limit == 1 and self.state.best_model_checkpoint is not None and self.args.should_save:
-            self.folder.keep_only(Path(self._get_output_dir(trial)), self.state.best_model_checkpoint)
-        return output
 
     def _name_best(self, run_folder: Path, final: Path) -> None:
         """By the name that it has from now on, not by the one it was written under."""
