@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-from .endpoint import REPEATED, api_key, checked_number, checked_url, client_of, no_connection, run_now
+from ..printable import printable
+from .endpoint import REPEATED, api_key, checked_number, checked_url, client_of, no_connection, run_now, without_key
 from .feedback import FeedbackUnavailable
 
 if TYPE_CHECKING:
@@ -23,14 +24,18 @@ logger = logging.getLogger(__name__)
 
 OPENAI_URL = "https://api.openai.com/v1"
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds
+LARGEST_BODY = 4_000_000  # bytes of a reply, with all that the server says beside it
+LONGEST_PROBLEM = 1000  # characters of what a server says is wrong
 LONGEST_RETRY_AFTER = 120.0  # seconds; the client waits no longer between two tries, whatever a server asks for
+TOO_LARGE = f"the body has more than {LARGEST_BODY // 1_000_000} MB"
 
 Turns = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one request. Nothing in it holds the key, whatever the server echoes."""
+    """What came of one request. Nothing in it holds a part of the key, nor `problem` a control character, whatever the server
+    says."""
 
     text: str = ""
     problem: str = ""  # why there is no whole reply
@@ -148,7 +153,7 @@ class Chat:
         longest = (self.max_retries + 1) * (self.timeout + LONGEST_RETRY_AFTER)
         try:
             raw = await asyncio.wait_for(create(model=self.model, messages=cast("Any", turns), **options), longest)
-            reply = _read(raw.content)
+            reply = _read(raw.content) if len(raw.content) < LARGEST_BODY else Reply(problem=TOO_LARGE)
         except asyncio.TimeoutError:
             reply = Reply(problem=f"no whole answer in {longest:.3g} s", silent=True)
         except openai.APIConnectionError as error:
@@ -156,7 +161,8 @@ class Chat:
         except openai.APIStatusError as error:
             reply = self._refusal(error.status_code, error.message)
         key = client.api_key
-        return replace(reply, text=reply.text.replace(key, "***"), problem=reply.problem.replace(key, "***")[:1000])
+        problem = printable(without_key(reply.problem[: 2 * LONGEST_PROBLEM], key))[:LONGEST_PROBLEM]
+        return replace(reply, text=without_key(reply.text, key), problem=problem)
 
     def _refusal(self, status: int, message: str) -> Reply:
         if status in (401, 403):  # without the server's words, which may show a part of the key
@@ -171,7 +177,9 @@ class Chat:
         return Reply(problem=message, silent=status in REPEATED or status >= 500)
 
     def _client(self) -> AsyncOpenAI:
-        return client_of(self.base_url, self._api_key(), timeout=self.timeout, max_retries=self.max_retries)
+        return client_of(
+            self.base_url, self._api_key(), timeout=self.timeout, max_retries=self.max_retries, largest=LARGEST_BODY
+        )
 
     def _api_key(self) -> str:
         return api_key(self.api_key_env, self.base_url, needed=True)

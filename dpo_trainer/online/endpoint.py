@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import ipaddress
 import math
 import os
 import re
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,9 +21,13 @@ T = TypeVar("T")
 
 LEAST = {"max_tokens": 2, "timeout": 0.001, "concurrency": 1}  # 2: a word, and its end. All other numbers: 0
 REPEATED = {408, 409, 429}  # statuses that the client has asked again for, as for 5xx
+NO_KEY = "none-needed"
+PART_OF_KEY = 4
+"""Characters: as many of a key in a row are not shown."""
 
 
-def client_of(base_url: str, key: str, *, timeout: float, max_retries: int) -> AsyncOpenAI:
+def client_of(base_url: str, key: str, *, timeout: float, max_retries: int, largest: int) -> AsyncOpenAI:
+    """A client that reads `largest` bytes of a body, whatever its status, and leaves the rest with the server."""
     import openai
 
     return openai.AsyncOpenAI(
@@ -31,8 +36,58 @@ def client_of(base_url: str, key: str, *, timeout: float, max_retries: int) -> A
         timeout=timeout,
         max_retries=max_retries,
         # A proxy from the environment would look for this machine's server on its own.
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(base_url)),
+        http_client=openai.DefaultAsyncHttpxClient(
+            trust_env=not is_loopback(base_url),
+            headers={"Accept-Encoding": "identity"},  # a small body may unpack to a large one
+            event_hooks={"response": [_reading_at_most(largest)]},
+        ),
     )
+
+
+def _reading_at_most(largest: int) -> Callable[[Any], Coroutine[Any, Any, None]]:
+    """What is done with a response before its body is read. A body that is cut is no JSON, and so no answer."""
+    import openai
+
+    # The HTTP library that the client is built on: httpx, or httpx2 of newer releases.
+    kinds = [kind.__module__.partition(".")[0] for kind in openai.DefaultAsyncHttpxClient.__mro__]
+    http: Any = importlib.import_module(next(name for name in kinds if name.startswith("httpx")))
+
+    class Capped(http.AsyncByteStream):
+        def __init__(self, stream: Any):
+            self.stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            left = largest
+            async for chunk in self.stream:
+                yield chunk[:left]
+                left -= len(chunk)
+                if left <= 0:
+                    return
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    async def cap(response: Any) -> None:
+        response.headers.pop("Content-Encoding", None)
+        response.stream = Capped(response.stream)
+
+    return cap
+
+
+def without_key(text: str, key: str) -> str:
+    """The text with *** for every part of the key: servers show its end, or its beginning, to say which one they refuse."""
+    if key == NO_KEY:
+        return text
+    parts = {key[start : start + PART_OF_KEY] for start in range(max(1, len(key) - PART_OF_KEY + 1))}
+    shown, end = [], 0
+    for start in range(len(text)):
+        length = PART_OF_KEY if text[start : start + PART_OF_KEY] in parts else len(key) * text.startswith(key, start)
+        if length:
+            shown += ["***"] if start >= end else []
+            end = max(end, start + length)
+        elif start >= end:
+            shown.append(text[start])
+    return "".join(shown)
 
 
 def api_key(name: str, base_url: str, *, needed: bool) -> str:
@@ -49,7 +104,7 @@ def api_key(name: str, base_url: str, *, needed: bool) -> str:
     if not key and needed and not is_loopback(base_url):
         raise ValueError(f"api_key_env: ${name} is not set, and {base_url} is not on this machine: put the key there.")
     if not key:
-        return "none-needed"
+        return NO_KEY
     if not re.fullmatch(r"[!#-&(-\[\]-~]+", key):  # the HTTP library would show it in an error
         raise ValueError(f"api_key_env: ${name} has white space, quotes, or characters beyond ASCII: set it anew.")
     return key

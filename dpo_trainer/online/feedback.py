@@ -33,7 +33,8 @@ class FeedbackUnavailable(RuntimeError):
 
 
 class Feedback(Protocol):
-    """What the trainer asks. `counts`: what it wants logged (calls, failures, cost), totals since it was made."""
+    """What the trainer asks. `counts`: what it wants logged (calls, failures, cost), totals since it was made; a run that is
+    resumed puts those of its checkpoint into it, to be counted on."""
 
     name: str
     counts: dict[str, float]

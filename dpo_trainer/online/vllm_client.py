@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .endpoint import REPEATED, api_key, checked_number, checked_url, client_of, no_connection, run_now
+from ..printable import printable
+from .endpoint import REPEATED, api_key, checked_number, checked_url, client_of, no_connection, run_now, without_key
 from .feedback import FeedbackUnavailable
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+LARGEST_BODY = 256_000_000  # bytes: completions of many tokens, with what is said of each token
+LONGEST_ERROR = 100_000  # characters of the body of an error
 
 START = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE_MODEL --enable-lora --max-lora-rank RANK "
@@ -27,7 +31,7 @@ START = (
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one request. Where it failed, nothing in it holds the key, whatever the server echoes."""
+    """What came of one request. Where it failed, nothing in it holds a part of the key, whatever the server echoes."""
 
     status: int  # of HTTP; 0: nobody answered, after all retries
     text: str
@@ -45,11 +49,11 @@ class Reply:
         return data if isinstance(data, dict) else {}
 
     def words(self) -> str:
-        """The server's own, for an error."""
+        """The server's own, for an error, without control characters."""
         data = self.json()
         error = data.get("error")
         message = error.get("message") if isinstance(error, dict) else data.get("message") or data.get("detail")
-        return str(message or self.text)[:500]
+        return printable(str(message or self.text)[:500])
 
 
 class VLLMClient:
@@ -193,10 +197,12 @@ class VLLMClient:
             failed = Reply(0, no_connection(error))
         except openai.APIStatusError as error:
             failed = Reply(error.status_code, error.response.text)
-        return Reply(failed.status, failed.text.replace(client.api_key, "***"))
+        return Reply(failed.status, without_key(failed.text[:LONGEST_ERROR], client.api_key))
 
     def _client(self, max_retries: int) -> AsyncOpenAI:
-        return client_of(self.base_url, self._api_key(), timeout=self.timeout, max_retries=max_retries)
+        return client_of(
+            self.base_url, self._api_key(), timeout=self.timeout, max_retries=max_retries, largest=LARGEST_BODY
+        )
 
     def _api_key(self) -> str:
         return api_key(self.api_key_env, self.base_url, needed=False)

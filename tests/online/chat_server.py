@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -53,8 +54,13 @@ def failed(status: int, message: str = "no") -> Answer:
 
 
 def answers_of(text: str) -> tuple[str, str]:
-    """(first, second) in the judge's own prompt."""
-    first, second = (text.split(f"[Answer {name}]\n")[1].split(f"\n[End of answer {name}]")[0] for name in "AB")
+    """(first, second) in the judge's own prompt, as one reads it who trusts the code in its second line, and no other."""
+    marker = re.fullmatch(r"Each marker below has the code ([0-9a-f]{16})\. .*", text.split("\n")[1])
+    assert marker is not None
+    first, second = (
+        text.split(f"\n[Answer {name} {marker[1]}]\n")[1].split(f"\n[End of answer {name} {marker[1]}]\n")[0]
+        for name in "AB"
+    )
     return first, second
 
 

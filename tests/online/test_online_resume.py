@@ -289,6 +289,40 @@ def test_a_judge_that_is_down_loses_nothing(how, at, tmp_path):
     assert_same(got, want)
 
 
+class Paid(Told):
+    """Counts what it is asked, and what that costs."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt, number, answer: by_chance(prompt, answer.ids))
+        self.counts = {"calls": 0.0, "cost": 0.0}
+
+    def scores(self, samples):
+        self.counts["calls"] += len(samples)
+        self.counts["cost"] += 0.25 * len(samples)
+        return super().scores(samples)
+
+
+def test_what_feedback_counts_goes_on_after_a_resume(tmp_path):
+    want = run(build(tmp_path / "whole", judge=Paid(), parts={"callbacks": [SaveAt([2])]}))
+    assert [line["told/calls"] for line in want.log if "told/calls" in line][-1] > 10
+    resumed = build(tmp_path / "run", judge=Paid())
+    got = run(resumed, tmp_path / "whole" / "checkpoint-2")
+    assert_same(got, want)
+    assert resumed.feedback.counts["cost"] == 0.25 * resumed.feedback.counts["calls"]
+
+
+def test_a_checkpoint_without_counts_resumes(tmp_path):
+    """One of an earlier release."""
+    run(build(tmp_path / "whole", judge=Paid(), parts={"callbacks": [SaveAt([2])]}))
+    file = tmp_path / "whole" / "checkpoint-2" / STATE_FILE
+    content = json.loads(file.read_text())
+    del content["state"]["feedback_counts"]
+    file.write_text(json.dumps(content))
+    resumed = build(tmp_path / "run", judge=Paid(), force_resume=True)
+    run(resumed, tmp_path / "whole" / "checkpoint-2")
+    assert resumed.feedback.counts["calls"] > 0
+
+
 def test_it_may_be_down_again(tmp_path):
     """And the checkpoint that is there already is written once more."""
     with pytest.raises(FeedbackUnavailable, match="saved at step 2"):
