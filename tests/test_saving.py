@@ -320,10 +320,13 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     (tmp_path / ".dry_run_ab12cd_3" / "config.json").write_text("{}")
     for kept in (".tmp", ".tmp_notes", "a.tmp"):
         (tmp_path / kept).write_text("mine")
+    (tmp_path / ".tmpmynote").mkdir()  # safetensors makes none
+    (tmp_path / ".tmpmynote" / "notes").write_text("mine")
     trainer.save_model()
     there = {path.name for path in tmp_path.iterdir()}
     assert {".tmp", ".tmp_notes", "a.tmp", "model.safetensors"} <= there
     assert not {".tmpq4UOSu", ".dry_run_ab12cd_3"} & there
+    assert (tmp_path / ".tmpmynote" / "notes").read_text() == "mine"
 
 
 def test_a_save_that_is_killed_leaves_such_a_file(tmp_path):

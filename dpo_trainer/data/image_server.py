@@ -18,6 +18,7 @@ import importlib.util
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ CORE: Any = importlib.import_module("httpcore2" if _new else "httpcore")
 MOST_REDIRECTS = 10
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")  # RFC 9637, which older releases of Python do not know
 PRIVATE = "Download the images first, or pass --allow_private_image_urls if you trust every row"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -112,7 +114,7 @@ def _pool(url: Any, limits: Limits) -> Any:
         backend = _Backend(limits, checked=not limits.private)
         return CORE.ConnectionPool(ssl_context=_certificates(), network_backend=backend)
     if not limits.private:
-        _check_as_far_as_known(url.host)
+        _check_as_far_as_known(url.host, limits)
     place = HTTP.URL(proxy if "://" in proxy else f"http://{proxy}")
     kind = CORE.SOCKSProxy if place.scheme.startswith("socks") else CORE.HTTPProxy
     return kind(
@@ -131,14 +133,37 @@ def _certificates() -> ssl.SSLContext:
 # --- where a name leads ---
 
 
-def _addresses(host: str, port: int) -> list[str]:
-    return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+def _addresses(host: str, port: int, limits: Limits) -> list[str]:
+    """Where a name leads, found in the time that is left. `getaddrinfo` has no time-out, and the server of names may be the
+    one that is not trusted; so it works in a thread, which is left alone when the time is over.
+
+    Raises:
+        ConnectTimeout, ConnectError: of the HTTP library.
+    """
+    found: list[str] = []
+    failed: list[Exception] = []
+
+    def resolve() -> None:
+        try:
+            places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.extend(dict.fromkeys(str(place[4][0]) for place in places))
+        except (OSError, UnicodeError) as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=resolve, name="resolve an image's server", daemon=True)
+    thread.start()
+    thread.join(limits.left)
+    if thread.is_alive():
+        raise CORE.ConnectTimeout("the name was not resolved in time")
+    if failed:
+        raise CORE.ConnectError(str(failed[0])) from failed[0]
+    return found
 
 
-def _check_as_far_as_known(host: str) -> None:
+def _check_as_far_as_known(host: str, limits: Limits) -> None:
     try:
-        found = _addresses(host, 0)
-    except OSError:  # the proxy knows more names
+        found = _addresses(host, 0, limits)
+    except CORE.ConnectError:  # the proxy knows more names
         return
     _check(found)
 
@@ -156,7 +181,7 @@ def is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
-        if address.is_site_local:
+        if address.is_site_local or address in DOCUMENTATION:
             return False
     return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
 
@@ -171,10 +196,7 @@ class _Backend(CORE.NetworkBackend):
         self.limits, self.checked, self.inner = limits, checked, CORE.SyncBackend()
 
     def connect_tcp(self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        try:
-            addresses = _addresses(host, port)
-        except (OSError, UnicodeError) as error:
-            raise CORE.ConnectError(str(error)) from error
+        addresses = _addresses(host, port, self.limits)
         if self.checked:
             _check(addresses)
         for number, address in enumerate(addresses, start=1):

@@ -609,6 +609,26 @@ def test_the_time_is_that_of_all_attempts(server, monkeypatch):
     assert len(server.asked) == 2
 
 
+@pytest.mark.parametrize("proxy", [False, True])
+def test_a_name_that_takes_long_to_resolve(server, monkeypatch, proxy):
+    """The server of names is often the dataset's own."""
+    monkeypatch.setattr(image_download, "TIMEOUT_S", 0.3)
+    over = threading.Event()
+    if proxy:
+        monkeypatch.setenv("http_proxy", server.address)
+        for variable in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(variable, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: (over.wait(3), [])[1])
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"could not be fetched \(ConnectTimeout after 0.3 s\)"):
+            PUBLIC.open("http://slow.test/x.png", WHERE)
+        took = time.monotonic() - began
+        over.set()
+    assert took < 2
+    assert server.asked == []
+
+
 # --- servers that are not public ---
 
 NOT_PUBLIC = r"leads to an address that is not public .* pass --allow_private_image_urls"
@@ -650,6 +670,7 @@ def test_addresses_that_are_not_public_are_not_connected_to(server, host, monkey
         ("fec0::1", False),
         ("ff02::1", False),
         ("2001:db8::1", False),
+        ("3fff::1", False),
     ],
 )
 def test_what_is_public(address, public):
