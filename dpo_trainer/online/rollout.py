@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..data.messages import without_none
 from ..data.stream import FILLER_ID
+from ..losses.check import is_number
 from .config import OnlineDPOConfig
 from .feedback import Feedback, FeedbackUnavailable, Scores
 from .generation import Generator
@@ -113,7 +115,13 @@ class Rollout:
         if self._seconds:
             found["sampling/tokens_per_second"] = self._tokens / self._seconds
         self.restart_clock()
-        return found | {f"{self.feedback.name}/{name}": value for name, value in self.feedback.counts.items()}
+        return found | {f"{self.feedback.name}/{name}": value for name, value in self.counts().items()}
+
+    def counts(self) -> dict[str, float]:
+        """What the feedback counts, the sum over ranks: each asks for itself. Every rank must call."""
+        own = {name: float(value) for name, value in self.feedback.counts.items() if is_number(value)}
+        every = gather_object([own]) if self.args.world_size > 1 else [own]
+        return {name: sum(of_rank.get(name, 0) for of_rank in every) for name in dict.fromkeys(chain(*every))}
 
 
 def _with_answers(row: dict[str, Any], answers: list[Completion]) -> Sampled:

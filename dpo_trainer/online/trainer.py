@@ -26,7 +26,6 @@ from ..data.tokenize import tokenize_prompts
 from ..failures import MemoryAdvice
 from ..fillers import unweigh_fillers
 from ..loading.given import Rows
-from ..losses.check import is_number
 from ..positions import table_of_positions, window_of
 from ..trainer import DPOTrainer
 from ..vocabulary import refuse_smaller_reference
@@ -319,9 +318,7 @@ class OnlineDPOTrainer(DPOTrainer):
         state, tensors = super().run_state()
         rounds = gather_object([self.rounds.state()]) if self.args.world_size > 1 else [self.rounds.state()]
         tally = self.rollout.tally["train"].table(self.sum_over_ranks, self.args.device)
-        own = {name: float(value) for name, value in self.feedback.counts.items() if is_number(value)}
-        counts = gather_object([own]) if self.args.world_size > 1 else [own]
-        return {**state, "rounds": rounds, "tally": tally, "feedback_counts": counts}, tensors
+        return {**state, "rounds": rounds, "tally": tally, "feedback_counts": self.rollout.counts()}, tensors
 
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().load_run_state(state, tensors)
@@ -329,9 +326,9 @@ class OnlineDPOTrainer(DPOTrainer):
             self.rounds.load(state["rounds"][self.args.process_index])
         elif any(of_rank["waiting"] for of_rank in state["rounds"]):
             logger.warning("Another number of processes: what waited to be trained on is sampled anew.")
-        # Of each process its own, since each asks for itself; checkpoints of earlier releases have none.
-        counts = dict(enumerate(state.get("feedback_counts", ()))).get(self.args.process_index, {})
-        self.feedback.counts.update(counts)
+        # The sum over ranks is what is shown, so that one rank can go on with all. Checkpoints of earlier releases have none.
+        for name, total in state.get("feedback_counts", {}).items():
+            self.feedback.counts[name] = total if self.is_world_process_zero() else 0.0
         if self.is_world_process_zero():
             self.rollout.tally["train"].load(state["tally"])
 
