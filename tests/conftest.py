@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 
 # Before any library reads them.
@@ -24,6 +25,11 @@ from transformers import set_seed
 
 for launched in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(launched, None)
+
+# Whatever the parent of this process ignores (nohup, a job in the background of a script): tests send signals.
+for number in filter(None, (getattr(signal, name, None) for name in ("SIGINT", "SIGHUP"))):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # How fast examples come says how busy the machine is.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -81,10 +81,10 @@ def die_when_sealing(kill: Kill) -> None:
     """All files of the checkpoint are written, and none is known to be whole."""
     plain = durable.seal
 
-    def seal(folder: Path) -> None:
+    def seal(folder: Path, run: str) -> None:
         if folder.name == f"checkpoint-{kill.made}":
             die()
-        plain(folder)
+        plain(folder, run)
 
     durable.seal = seal  # type: ignore[assignment]
 

@@ -55,7 +55,7 @@ def test_refuses_a_model_that_reads_text_alone(files, tmp_path):
 
 def test_images_are_refused_where_nobody_looks(files, tmp_path):
     given = ["--model_name_or_path", str(files / "llama"), "--dataset_name", str(files / "rows.parquet")]
-    with pytest.raises(ValueError, match=r"Row 0 .*images.*reads text alone"):
+    with pytest.raises(SystemExit, match=r"Row 0 .*images.*reads text alone"):
         run("dpo.py", *given, "--output_dir", str(tmp_path))
 
 
