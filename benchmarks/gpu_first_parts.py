@@ -20,7 +20,7 @@ import transformers
 from one_run import build_trainer
 from watching import Clock, Precompute
 
-from dpo_trainer.varlen import kernels
+from dpo_trainer.scoring.varlen import kernels
 
 SETTLED = 2
 """Optimizer steps before anything is watched: the first checks layout and reference."""

@@ -33,7 +33,7 @@ from torch.utils.data import BatchSampler, RandomSampler, Sampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from dpo_trainer.data import DataOptions, prepare_dataset
-from dpo_trainer.data.sampling import BalancedSampler
+from dpo_trainer.data.batches.sampling import BalancedSampler
 
 HERE = Path(__file__).resolve().parent
 RANKS, BATCH_SIZE, MAX_LENGTH = 8, 8, 1024

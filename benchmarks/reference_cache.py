@@ -300,7 +300,7 @@ def settle(trainer: Any) -> None:
 
 def whole_batch(trainer: Any, rows: list[dict]) -> Any:
     """Not in the parts that a step on a CPU takes."""
-    from dpo_trainer.batch import PairBatch
+    from dpo_trainer.types import PairBatch
 
     return PairBatch.from_inputs(replace(trainer.data_collator, max_tokens=None, pack_tokens=None)(rows))
 
@@ -325,7 +325,7 @@ def fill(trainer: Any, folder: str) -> tuple[Any, Cost]:
 
 
 def our_precompute(job: dict[str, Any], *, rows: str = "rows", **changes: Any) -> dict[str, Any]:
-    from dpo_trainer.data.collate import read_row
+    from dpo_trainer.data.batches.collate import read_row
     from dpo_trainer.data.content import completion_keys
 
     trainer = our_trainer(job, rows, **changes)
@@ -412,7 +412,7 @@ def our_rates(job: dict[str, Any]) -> dict[str, Any]:
 def forward_rate(trainer: Any, rows: list[list[dict]]) -> float:
     import torch
 
-    from dpo_trainer.logprobs import evaluation_mode
+    from dpo_trainer.models.unwrap import evaluation_mode
 
     collated, cost = [whole_batch(trainer, part) for part in rows], Cost()
     with cost.counted(), torch.no_grad(), evaluation_mode(trainer.model):

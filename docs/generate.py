@@ -25,11 +25,11 @@ sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 from dpo_trainer.cli import ModelArguments, ScriptArguments  # noqa: E402
 from dpo_trainer.config import DPOConfig  # noqa: E402
 from dpo_trainer.losses import LOSSES  # noqa: E402
-from dpo_trainer.losses.record import SUPPLIED  # noqa: E402
+from dpo_trainer.losses.registry import SUPPLIED  # noqa: E402
 from dpo_trainer.metrics import METRICS  # noqa: E402
-from dpo_trainer.online import judges as _  # noqa: E402, F401  # registers them
 from dpo_trainer.online.config import OnlineDPOConfig  # noqa: E402
-from dpo_trainer.online.feedback import JUDGES  # noqa: E402
+from dpo_trainer.online.feedback import judges as _  # noqa: E402, F401  # registers them
+from dpo_trainer.online.feedback.protocol import JUDGES  # noqa: E402
 from dpo_trainer.online.metrics import ONLINE_METRICS, TALLIED  # noqa: E402
 from dpo_trainer.versions import CONFLICTS  # noqa: E402
 

@@ -19,11 +19,11 @@ keep_logs_printable(__name__)
 _HOMES = {
     "DPOConfig": "config",
     "DPOTrainer": "trainer",
-    "DataCollatorForPreference": "data.collate",
+    "DataCollatorForPreference": "data.batches.collate",
     "Objective": "losses",
     "OnlineDPOConfig": "online.config",
     "OnlineDPOTrainer": "online.trainer",
-    "register_judge": "online.feedback",
+    "register_judge": "online.feedback.protocol",
     "register_loss": "losses",
 }
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .config import DPOConfig
-    from .data.collate import DataCollatorForPreference
+    from .data.batches.collate import DataCollatorForPreference
     from .losses import Objective, register_loss
     from .online import OnlineDPOConfig, OnlineDPOTrainer, register_judge
     from .trainer import DPOTrainer

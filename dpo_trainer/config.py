@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from . import config_checks as checks
-from .engine_checks import check_engine_files, check_launcher
+from .distributed.engine_checks import check_engine_files, check_launcher
 from .losses import check_loss_arguments, load_loss_module
-from .number_checks import check_numbers
-from .optimizer_checks import check_optimizer
+from .options import checks
+from .options.numbers import check_numbers
+from .options.optimizers import check_optimizer
 
 
 def choices(*allowed: str, help: str) -> dict[str, Any]:

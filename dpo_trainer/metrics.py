@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 from transformers.utils import logging
 
-from .batch import PairBatch, PairLogps, widest_float, without_autocast
+from .types import PairBatch, PairLogps, widest_float, without_autocast
 
 logger = logging.get_logger(__name__)
 
@@ -120,15 +120,6 @@ def with_losses(compute: Callable[..., Any], prediction: EvalPrediction, **how: 
         ),
         **how,
     )
-
-
-def step_loss(losses: Tensor, weight: Tensor, weight_of_step: Tensor | None, ranks: int) -> Tensor:
-    """What to call backward on: summed over the micro-batches and averaged over the ranks, as the engines average
-    gradients, it is the mean over all pairs of the optimizer step. Without `weight_of_step`: the mean of this batch.
-    """
-    if weight_of_step is None:
-        weight_of_step, ranks = weight.sum(), 1
-    return (losses * weight).sum() * ranks / weight_of_step.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class MetricSums:

@@ -21,58 +21,54 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .assembly import Given, assemble
-from .batch import PairBatch, micro_batches, pair_weight, sent
-from .best_metric import check_best_metric
-from .callbacks import CheckReference, MoveReference, beside_progress_bar
-from .checkpoints import GivenConfig
+from .checkpointing import GivenConfig
+from .checkpointing.durable import DurableTrainer
+from .checkpointing.save_checks import check_saving, check_wrapping
 from .config import DPOConfig
-from .config_checks import check_sampling
-from .data import (
-    FEATURES,
-    FilledStream,
-    Needs,
-    RepeatedStream,
-    check_tokenizer,
-)
-from .data.columns import IMAGES
+from .data import FEATURES, FilledStream, Needs, RepeatedStream, check_tokenizer
+from .data.batches.padding_rows import refuse_empty_rounds, unweigh_fillers
 from .data.content import dataset_digest
-from .data.encode import can_be_saved
-from .durable import DurableTrainer
-from .engine_checks import check_engine, check_placement
-from .engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
-from .failures import MemoryAdvice, explained
-from .fillers import refuse_empty_rounds, unweigh_fillers
-from .loading import load_processing_class, weights_beside_adapter, weights_of_soft_prompt
-from .loading.files import AnyDataset
-from .loading.given import Rows, is_rows
-from .logprobs import base_model
+from .data.files.files import AnyDataset
+from .data.files.given import Rows, is_rows
+from .data.images.source import IMAGES
+from .data.tokens.encode import can_be_saved
+from .distributed.engine_checks import check_engine, check_placement
+from .distributed.engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
+from .distributed.sharding import kept, whole
 from .losses import Objective
-from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss, with_losses
-from .micro_batches import (
+from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, with_losses
+from .models.adapters import weights_beside_adapter, weights_of_soft_prompt
+from .models.load import load_processing_class
+from .models.positions import table_of_positions, window_of
+from .models.unwrap import base_model
+from .models.vocabulary import check_pad_token, smallest_vocabulary, vocabulary_size
+from .options.checks import check_sampling
+from .options.optimizers import check_given_optimizer
+from .reference import CachedReference, Reference
+from .reference.check import ReferenceCheck
+from .reference.precompute import Filled, Precompute
+from .training.assembly import Given, assemble
+from .training.best_metric import check_best_metric
+from .training.callbacks import CheckReference, MoveReference, beside_progress_bar
+from .training.collator import check_budget, run_collator
+from .training.datasets import RunData
+from .training.micro_batches import (
     check_splits,
     even_parts,
     in_row_order,
     joined,
     keeps_ranks_in_step,
     note_pairs,
+    step_loss,
     step_through,
     weighted_mean,
 )
-from .model_card import write_model_card
-from .offloading import ActivationsOnHost
-from .optimizer_checks import check_given_optimizer
-from .positions import table_of_positions, window_of
-from .precompute import Filled, Precompute
-from .reference import CachedReference, Reference
-from .reference_check import ReferenceCheck
-from .run_collator import check_budget, run_collator
-from .run_data import RunData
-from .run_identity import model_identity
-from .save_checks import check_saving, check_wrapping
-from .sharding import kept, whole
-from .template_date import settle_date
-from .vocabulary import check_pad_token, smallest_vocabulary, vocabulary_size
+from .training.model_card import write_model_card
+from .training.offloading import ActivationsOnHost
+from .training.out_of_memory import MemoryAdvice, explained
+from .training.run_identity import model_identity
+from .training.template_date import settle_date
+from .types import PairBatch, micro_batches, pair_weight, sent
 
 logger = logging.get_logger(__name__)
 

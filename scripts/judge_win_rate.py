@@ -26,23 +26,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import torch
 from transformers import HfArgumentParser
 
-from dpo_trainer.batch import Text
 from dpo_trainer.cli.errors import OneMessage
-from dpo_trainer.data.encode import check_tokenizer
-from dpo_trainer.data.messages import read_messages
-from dpo_trainer.data.schema import pair_from_row
-from dpo_trainer.data.tokenize import tokenize_prompts
-from dpo_trainer.loading import load_model, load_tokenizer
-from dpo_trainer.loading.columns import parse_columns
-from dpo_trainer.loading.datasets import eval_rows
-from dpo_trainer.online import judges  # noqa: F401  # registers those that come with the package
-from dpo_trainer.online.feedback import make_judge, parse_options
-from dpo_trainer.online.generation import Decoding, TransformersGenerator, end_tokens
+from dpo_trainer.data.files.columns import parse_columns
+from dpo_trainer.data.files.datasets import eval_rows
+from dpo_trainer.data.rows.messages import read_messages
+from dpo_trainer.data.rows.schema import pair_from_row
+from dpo_trainer.data.tokens.encode import check_tokenizer
+from dpo_trainer.data.tokens.tokenize import tokenize_prompts
+from dpo_trainer.models.load import load_model, load_tokenizer
+from dpo_trainer.models.positions import window_of
+from dpo_trainer.online.feedback import judges  # noqa: F401  # registers those that come with the package
+from dpo_trainer.online.feedback.protocol import make_judge, parse_options
+from dpo_trainer.online.feedback.reward_model import RewardModel
+from dpo_trainer.online.feedback.rewards import Rewards
+from dpo_trainer.online.feedback.win_rate import check_level, compare_answers
 from dpo_trainer.online.prompts import read_prompt
-from dpo_trainer.online.reward_model import RewardModel
-from dpo_trainer.online.rewards import Rewards
-from dpo_trainer.online.win_rate import check_level, compare_answers
-from dpo_trainer.positions import window_of
+from dpo_trainer.online.sampling.generate import Decoding, TransformersGenerator, end_tokens
+from dpo_trainer.types import Text
 
 COMPLETIONS = ("chosen", "rejected")
 OF_SAMPLING = ("columns", "dtype", "max_new_tokens", "temperature", "batch_size")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dpo_trainer.batch import Preferred, TokenizedPair
+from dpo_trainer.types import Preferred, TokenizedPair
 
 # What the layouts promise in float32: log-probs to 5e-5 nats, gradients to 1e-3 of their size.
 NATS = 5e-5

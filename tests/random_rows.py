@@ -14,7 +14,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from tiny_tokenizers import SPECIAL, byte_bpe
 
-from dpo_trainer.data.implicit import split_texts
+from dpo_trainer.data.rows.implicit import split_texts
 
 PLAIN = byte_bpe()
 BOS, EOS, ASSISTANT = (SPECIAL.index(token) for token in ("<bos>", "<eos>", "<|assistant|>"))

@@ -19,10 +19,10 @@ from oracles import Answer
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from dpo_trainer.batch import PairBatch, TokenizedPair
-from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.layout import Layout
-from dpo_trainer.logprobs import Scorer
+from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
+from dpo_trainer.scoring.layout import Layout
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.types import PairBatch, TokenizedPair
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated"
@@ -229,7 +229,7 @@ def test_padded_rows_of_a_model_that_takes_flat_ones(name):
 def test_padded(name, checkpointing, caplog):
     """What cannot be trained in one row is found out, said with its reason, and scored right in padded rows."""
     model = train_copy(name, checkpointing)
-    with caplog.at_level(logging.WARNING, logger="dpo_trainer.layout"):
+    with caplog.at_level(logging.WARNING, logger="dpo_trainer.scoring.layout"):
         layout, scorer, batch = settled(model)
     assert layout.name == "padded"
     assert not batch.is_flat

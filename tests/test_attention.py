@@ -28,11 +28,11 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from dpo_trainer import attention
-from dpo_trainer.attention import NAME, SegmentsLost, SharedPromptAttention, shared_prompt_attention
-from dpo_trainer.batch import PairBatch, Segments
-from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.logprobs import Scorer
+from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
+from dpo_trainer.scoring import attention
+from dpo_trainer.scoring.attention import NAME, SegmentsLost, SharedPromptAttention, shared_prompt_attention
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.types import PairBatch, Segments
 
 # Several pairs in a row; parts of one token; prompts and completions on both sides of the windows below.
 PAIRS = oracles.random_pairs([(4, 3, 5), (1, 1, 1), (7, 2, 1), (2, 6, 4)])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from dpo_trainer.batch import (
+from dpo_trainer.data import DataCollatorForPreference
+from dpo_trainer.types import (
     PairBatch,
     PairLogps,
     Segments,
@@ -20,7 +21,6 @@ from dpo_trainer.batch import (
     pair_weight,
     with_scored_tokens,
 )
-from dpo_trainer.data import DataCollatorForPreference
 
 # Two pairs as another library would collate them: chosen rows, then rejected rows.
 #   pair 0: prompt 5 6, chosen 7 8 9, rejected 4      pair 1: prompt 1, chosen 2, rejected 3 3

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_trainer.checkpoints import (
+from dpo_trainer.checkpointing import (
     ASIDE,
     MANIFEST,
     CheckpointError,
@@ -88,7 +88,7 @@ def test_checksum_is_xxh3_of_the_content(tmp_path):
 
 
 def test_content_of_several_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpo_trainer.checkpoints.manifest.BLOCK", 999)
+    monkeypatch.setattr("dpo_trainer.checkpointing.manifest.BLOCK", 999)
     final = checkpoint(tmp_path)
     monkeypatch.undo()
     assert broken_file(final) is None
@@ -349,7 +349,7 @@ def test_unreadable_content_is_a_reason(tmp_path, monkeypatch):
     def fail(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("dpo_trainer.checkpoints.manifest.content", fail)
+    monkeypatch.setattr("dpo_trainer.checkpointing.manifest.content", fail)
     assert broken_file(final) == "'empty' cannot be read (Input/output error)"
     assert broken_file(final, read=False) is None  # else the above would be no matter of reading
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_trainer.cli import make_peft_config, merged_init_kwargs, parse_args
 from dpo_trainer.cli.data import load_data
 from dpo_trainer.config import DPOConfig
-from dpo_trainer.loading.mixture import parse_mixture
+from dpo_trainer.data.files.mixture import parse_mixture
 from dpo_trainer.online.config import OnlineDPOConfig
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_trainer import DataCollatorForPreference
-from dpo_trainer.batch import PairBatch, Preferred, TokenizedPair
-from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.data.uncollate import as_padded, pairs_of
+from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
+from dpo_trainer.data.batches.uncollate import as_padded, pairs_of
+from dpo_trainer.types import PairBatch, Preferred, TokenizedPair
 
 PAD = 0
 tokens = st.lists(st.integers(0, 50), min_size=1, max_size=6)  # the padding token may well be a token of the text

@@ -19,8 +19,10 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_mode
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dpo_trainer.loading import continued_adapter, let_gradients_through, load_model, make_quantization_config
-from dpo_trainer.loading.continued_adapter import continue_adapter
+from dpo_trainer.models import continued_adapter
+from dpo_trainer.models.adapters import let_gradients_through, make_quantization_config
+from dpo_trainer.models.continued_adapter import continue_adapter
+from dpo_trainer.models.load import load_model
 
 # The bound on logits in float32. Those here reach 2.4, and 1e-6 is the worst difference seen: B is rounded once more,
 # unless s_old / s_new is a power of two.

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from random_rows import BOS, CHAT_FORMS, EOS, PLAIN, TEXT_FORMS, Told, chat_rows, tables, text_rows, texts
 from tiny_tokenizers import CHAT, MARKED, SPECIAL, WITH_CALLS, byte_bpe
 
-from dpo_trainer.batch import Pair
 from dpo_trainer.data import DataOptions, Limits, form_of, pair_from_row, prepare_dataset, tokenize_pairs
-from dpo_trainer.data.implicit import shared_length
-from dpo_trainer.data.report import DROPPED, USELESS, Flag
+from dpo_trainer.data.report import DROPPED, USELESS
+from dpo_trainer.data.rows.implicit import shared_length
+from dpo_trainer.types import Flag, Pair
 
 CHATTY, LOUD = byte_bpe(chat_template=CHAT), byte_bpe(chat_template=MARKED)
 WITH_BOS = byte_bpe(adds="<bos> $A")

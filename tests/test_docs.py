@@ -24,7 +24,7 @@ from dpo_trainer.inspection.arguments import InspectionArguments
 from dpo_trainer.losses import LOSSES
 from dpo_trainer.metrics import METRICS
 from dpo_trainer.online.config import OnlineDPOConfig
-from dpo_trainer.online.feedback import JUDGES
+from dpo_trainer.online.feedback.protocol import JUDGES
 from dpo_trainer.online.metrics import ONLINE_METRICS, TALLIED
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -9,7 +9,7 @@ from tiny_tokenizers import SPECIAL, byte_bpe
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_trainer.data.encode import encode, encode_from_one_head, tokenizer_fingerprint
+from dpo_trainer.data.tokens.encode import encode, encode_from_one_head, tokenizer_fingerprint
 
 ALPHABET = [*"abch: i\n", "▁", "é", *SPECIAL[2:5]]
 
@@ -64,7 +64,7 @@ def test_the_short_cut_is_taken(monkeypatch):
     seen: list[str] = []
     tokenizer = TOKENIZERS["byte-level"]
     monkeypatch.setattr(
-        "dpo_trainer.data.encode._encode",
+        "dpo_trainer.data.tokens.encode._encode",
         lambda tokenizer, texts, *how: seen.extend(texts) or [[0]] * len(texts),
     )
     prompt = "<|user|>a question<eos><|assistant|>"

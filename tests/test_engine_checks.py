@@ -19,14 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.integrations import is_deepspeed_available
 
-from dpo_trainer import DPOConfig, config_checks, engine_checks, offloading
-from dpo_trainer.engine_checks import (
+from dpo_trainer import DPOConfig
+from dpo_trainer.distributed import engine_checks
+from dpo_trainer.distributed.engine_checks import (
     check_engine,
     check_engine_files,
     check_launcher,
     check_parallelism,
     check_placement,
 )
+from dpo_trainer.options import checks as config_checks
+from dpo_trainer.training import offloading
 
 FILES = Path(__file__).parents[1] / "accelerate_configs"
 ZERO2 = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from dpo_trainer.engines import cuts_weights, evaluation
-from dpo_trainer.sharding import class_of, copy_of, is_cut, kept, whole
+from dpo_trainer.distributed.engines import cuts_weights, evaluation
+from dpo_trainer.distributed.sharding import class_of, copy_of, is_cut, kept, whole
 
 
 @pytest.fixture

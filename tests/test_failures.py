@@ -19,18 +19,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dpo_trainer import register_loss
-from dpo_trainer.batch import PairBatch, PairLogps
-from dpo_trainer.checkpoints import MARK, broken_file, failure, mark_failed
-from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.durable import STOPPED_BY_SIGNAL
-from dpo_trainer.failures import (
-    MemoryAdvice,
-    StepWatch,
-    largest_row,
-    non_finite_error,
-    out_of_memory_message,
-    precision_ways_out,
-)
+from dpo_trainer.checkpointing import MARK, broken_file, failure, mark_failed
+from dpo_trainer.checkpointing.durable import STOPPED_BY_SIGNAL
+from dpo_trainer.checkpointing.step_watch import StepWatch, non_finite_error, precision_ways_out
+from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
+from dpo_trainer.training.out_of_memory import MemoryAdvice, largest_row, out_of_memory_message
+from dpo_trainer.types import PairBatch, PairLogps
 
 BAD = 9  # the row with a long chosen completion
 ROWS = tiny.rows(12)

@@ -16,8 +16,8 @@ import tiny
 from safetensors.torch import load_file
 from two_processes import run_script
 
-from dpo_trainer.checkpoints import ASIDE, broken_file
-from dpo_trainer.durable import STOPPED_BY_SIGNAL
+from dpo_trainer.checkpointing import ASIDE, broken_file
+from dpo_trainer.checkpointing.durable import STOPPED_BY_SIGNAL
 
 pytestmark = pytest.mark.slow
 

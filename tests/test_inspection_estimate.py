@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from dpo_trainer.batch import PairBatch
 from dpo_trainer.data import DataCollatorForPreference
 from dpo_trainer.inspection.estimate import CHUNK, Run, estimate_memory, optimizer_steps
 from dpo_trainer.inspection.plan import _optimizer_bytes
 from dpo_trainer.inspection.shape import load_config, shape_of
-from dpo_trainer.logprobs import Scorer
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.types import PairBatch
 
 # --- steps ---
 

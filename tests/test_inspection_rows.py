@@ -10,8 +10,6 @@ from tiny_tokenizers import CHAT, byte_bpe
 
 from dpo_trainer.data import Limits
 from dpo_trainer.data.prepare import prepare_dataset
-from dpo_trainer.data.report import Flag
-from dpo_trainer.data.truncate import PairIds
 from dpo_trainer.inspection.checks import ControlText, Endings, TemplateCheck, UnknownIds, control_ids
 from dpo_trainer.inspection.collect import Collection, Sample
 from dpo_trainer.inspection.facts import columns_of, sizes_of
@@ -19,6 +17,7 @@ from dpo_trainer.inspection.parts import Part, in_order, read_parts
 from dpo_trainer.inspection.rows import BadRow, Row, RowReader
 from dpo_trainer.inspection.show import CUT, MOST, READ, SCORED, Gap, pieces, show_row
 from dpo_trainer.inspection.visible import with_white_space
+from dpo_trainer.types import Flag, PairIds
 
 USER, ANSWER, OTHER = (
     {"role": "user", "content": "q?"},

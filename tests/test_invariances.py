@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.logprobs import base_model
+from dpo_trainer.models.unwrap import base_model
 
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "off": {"gradient_checkpointing": False},

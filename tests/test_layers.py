@@ -145,11 +145,11 @@ def test_every_part_has_a_place():
     ("module", "text", "found"),
     [
         ("dpo_trainer.losses.margin", "from ..config import DPOConfig", {("losses", "config")}),
-        ("dpo_trainer.batch", "from .data.schema import x", {("batch", "data")}),
+        ("dpo_trainer.types", "from .data.schema import x", {("batch", "data")}),
         ("dpo_trainer.data.__init__", "from ..trainer import x", {("data", "trainer")}),
         ("dpo_trainer.metrics", "def f():\n    from . import trainer", {("metrics", "trainer")}),
         ("dpo_trainer.registry", "import dpo_trainer.batch", {("registry", "batch")}),
-        ("dpo_trainer.model_card", "if TYPE_CHECKING:\n    from .trainer import DPOTrainer", set()),
+        ("dpo_trainer.training.model_card", "if TYPE_CHECKING:\n    from .trainer import DPOTrainer", set()),
         ("dpo_trainer.losses.margin", "from .shaping import x\nimport torch", set()),
     ],
 )

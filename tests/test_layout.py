@@ -16,13 +16,13 @@ from test_architectures import PADDED, SIZES
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from dpo_trainer import layout as layout_module
-from dpo_trainer.attention import NAME, why_not_flat
-from dpo_trainer.batch import PairBatch
-from dpo_trainer.data import collate as collate_module
-from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.layout import CHECK_TOKENS, TOLERANCE, Layout, reason_for_padding
-from dpo_trainer.logprobs import Scorer
+from dpo_trainer.data.batches import collate as collate_module
+from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
+from dpo_trainer.scoring import layout as layout_module
+from dpo_trainer.scoring.attention import NAME, why_not_flat
+from dpo_trainer.scoring.layout import CHECK_TOKENS, TOLERANCE, Layout, reason_for_padding
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.types import PairBatch
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`(gradient_checkpointing_enable|is_gradient_checkpointing)` is deprecated"
@@ -477,7 +477,7 @@ def test_a_reason_of_the_run_counts_like_one_of_the_model(caplog):
     ],
 )
 def test_one_line_says_which_layout_and_why(requested, line, caplog):
-    with caplog.at_level(logging.WARNING, logger="dpo_trainer.layout"):
+    with caplog.at_level(logging.WARNING, logger="dpo_trainer.scoring.layout"):
         choose(tiny.llama(), requested)
     assert [r.getMessage() for r in caplog.records] == [f"Layout for LlamaForCausalLM: {line}."]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpo_trainer.linear_check import wrong_gradients
+from dpo_trainer.models.linear_check import wrong_gradients
 
 
 class Product(torch.autograd.Function):

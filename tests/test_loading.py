@@ -26,8 +26,10 @@ from transformers import (
     T5Model,
 )
 
-from dpo_trainer.loading import apply_peft, disable_dropout, load_model, load_tokenizer, make_quantization_config
-from dpo_trainer.online.reward_model import RewardModel
+from dpo_trainer.models.adapters import apply_peft, make_quantization_config
+from dpo_trainer.models.dropout import disable_dropout
+from dpo_trainer.models.load import load_model, load_tokenizer
+from dpo_trainer.online.feedback.reward_model import RewardModel
 
 VOCAB = len(byte_bpe())
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

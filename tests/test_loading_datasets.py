@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from dpo_trainer.loading import load_dataset_splits
+from dpo_trainer.data.files.datasets import load_dataset_splits
 
 ROWS = [{"prompt": f"p{i}?", "chosen": f"good {i}", "rejected": f"bad, {i}"} for i in range(10)]
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -317,7 +317,7 @@ def test_what_the_hub_serves_is_untrusted_too(monkeypatch):
     def broken(*args, **kwargs):
         raise datasets.exceptions.DatasetGenerationError("generating") from TypeError("Couldn't cast array")
 
-    monkeypatch.setattr("dpo_trainer.loading.find.load_dataset", broken)
+    monkeypatch.setattr("dpo_trainer.data.files.find.load_dataset", broken)
     with pytest.raises(
         ValueError, match=r"'some/pairs' of the hub cannot be read: Couldn't cast array.*download its files"
     ):

@@ -20,11 +20,11 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_trainer.loading import load_dataset_splits
-from dpo_trainer.loading.column_types import EXACT, JSON, column_type, wider
-from dpo_trainer.loading.csv_rows import read_csv_rows
-from dpo_trainer.loading.json_rows import read_json_rows
-from dpo_trainer.loading.tables import BLOCK, table_of_rows
+from dpo_trainer.data.files.column_types import EXACT, JSON, column_type, wider
+from dpo_trainer.data.files.csv_rows import read_csv_rows
+from dpo_trainer.data.files.datasets import load_dataset_splits
+from dpo_trainer.data.files.json_rows import read_json_rows
+from dpo_trainer.data.files.tables import BLOCK, table_of_rows
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 

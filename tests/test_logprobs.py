@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from dpo_trainer import head as head_module
-from dpo_trainer import logprobs
-from dpo_trainer.batch import PairBatch, PairLogps, Preferred, TokenizedPair
-from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.head import Head, chunk_size, stats_of
-from dpo_trainer.logprobs import METRIC_STATS, Scorer, base_model, evaluation_mode, router_loss_weight
+from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
+from dpo_trainer.models.unwrap import base_model, evaluation_mode
+from dpo_trainer.scoring import head as head_module
+from dpo_trainer.scoring import logprobs
+from dpo_trainer.scoring.head import Head, chunk_size, stats_of
+from dpo_trainer.scoring.logprobs import METRIC_STATS, Scorer, router_loss_weight
+from dpo_trainer.types import PairBatch, PairLogps, Preferred, TokenizedPair
 
 PAIRS = oracles.random_pairs([(5, 3, 6), (1, 1, 1), (9, 4, 2)])  # 17 scored tokens
 LAYOUTS = {"flat": flat_inputs, "padded": padded_inputs}

@@ -21,11 +21,11 @@ import torch
 from oracles_losses import P
 from oracles_losses import loss as oracle
 
-from dpo_trainer.batch import PairLogps, TokenLogps
 from dpo_trainer.config import DPOConfig
 from dpo_trainer.losses import LOSSES, Objective, Ranks, load_loss_module, register_loss
-from dpo_trainer.losses.record import SUPPLIED
+from dpo_trainer.losses.registry import SUPPLIED
 from dpo_trainer.losses.shaping import divergence_by_name, length_desensitized, wpo_weight
+from dpo_trainer.types import PairLogps, TokenLogps
 
 NAMES = [name for name in LOSSES if LOSSES[name].builtin]
 DIVERGENCES = ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]

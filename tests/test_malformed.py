@@ -19,7 +19,7 @@ from malformed.rows import COLUMNS, LISTS, NUMBERS, STRINGS, TOKEN_IDS
 from malformed.texts import CHARACTERS, CONTROL, DEEP, LARGE, SPLITS
 
 from dpo_trainer.data import DataOptions, Needs, prepare_dataset
-from dpo_trainer.loading import load_dataset_splits
+from dpo_trainer.data.files.datasets import load_dataset_splits
 
 TABLES = {
     "strings": STRINGS,

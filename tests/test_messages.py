@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_trainer.data.messages import SHAREGPT_ROLES, is_blank, read_messages, roles_are_renamed, without_none
-from dpo_trainer.data.schema import pair_from_row
+from dpo_trainer.data.rows.messages import SHAREGPT_ROLES, is_blank, read_messages, roles_are_renamed, without_none
+from dpo_trainer.data.rows.schema import pair_from_row
 
 
 def turn(role, content, **more):

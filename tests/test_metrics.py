@@ -23,9 +23,10 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from two_processes import torchrun
 
 from dpo_trainer import DPOTrainer, register_loss
-from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
-from dpo_trainer.fillers import unweigh_fillers
-from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, step_loss
+from dpo_trainer.data.batches.padding_rows import unweigh_fillers
+from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair
+from dpo_trainer.training.micro_batches import step_loss
+from dpo_trainer.types import PairBatch, PairLogps, TokenLogps
 
 # --- by hand ---
 

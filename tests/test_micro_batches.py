@@ -26,13 +26,12 @@ from test_invariances import run as run_with_checkpoints
 from torch import Tensor, nn
 
 from dpo_trainer import DataCollatorForPreference, DPOTrainer, register_loss
-from dpo_trainer.batch import MICRO_BATCHES, PairBatch, PairLogps, TokenizedPair, micro_batches
 from dpo_trainer.data import FEATURES
-from dpo_trainer.data.collate import read_row
-from dpo_trainer.data.packs import check_rows_fit, even_places, flat_size, packed_places
-from dpo_trainer.fillers import unweigh_fillers
-from dpo_trainer.layout import Layout
-from dpo_trainer.micro_batches import (
+from dpo_trainer.data.batches.collate import read_row
+from dpo_trainer.data.batches.packs import check_rows_fit, even_places, flat_size, packed_places
+from dpo_trainer.data.batches.padding_rows import unweigh_fillers
+from dpo_trainer.scoring.layout import Layout
+from dpo_trainer.training.micro_batches import (
     PACK_TOKENS,
     even_parts,
     in_row_order,
@@ -41,6 +40,7 @@ from dpo_trainer.micro_batches import (
     step_through,
     weighted_mean,
 )
+from dpo_trainer.types import MICRO_BATCHES, PairBatch, PairLogps, TokenizedPair, micro_batches
 
 # float32 on CPU, the same products added up in another order: worst seen 1.2e-7 in a weight, in runs that
 # move weights by more than 0.005 (asserted).
@@ -180,7 +180,7 @@ def test_resume_to_the_bit(tmp_path):
 @pytest.mark.parametrize("ranked", [False, True], ids=["pairs", "ranked"])
 def test_evaluation_is_the_same(ranked, layout, tmp_path, monkeypatch):
     """Metrics, and what `compute_metrics` receives: every pair once, in the order of the rows. Beside whole batches."""
-    monkeypatch.setattr("dpo_trainer.run_collator.tokens_of_a_part", lambda args, objective: None)
+    monkeypatch.setattr("dpo_trainer.training.collator.tokens_of_a_part", lambda args, objective: None)
     rows = ranked_table() if ranked else tiny.dataset(11, seed=3)
     seen: list[Any] = []
     metrics = []
@@ -605,7 +605,7 @@ def test_large_batches_are_computed_in_parts_on_a_cpu(tmp_path, monkeypatch, lay
     """8 rows of about 230 tokens in the flat layout, 2 of them in a part; the same as whole."""
     how = {"train": long_rows(16, words=50), "max_steps": 2, "layout": layout}
     parts, sizes = trained(tmp_path / "parts", None, **how)
-    monkeypatch.setattr("dpo_trainer.run_collator.tokens_of_a_part", lambda args, objective: None)
+    monkeypatch.setattr("dpo_trainer.training.collator.tokens_of_a_part", lambda args, objective: None)
     whole, at_once = trained(tmp_path / "whole", None, **how)
     assert len(at_once) == 2 < len(sizes)
     assert max(sizes) <= PACK_TOKENS < min(at_once)

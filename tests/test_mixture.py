@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
-from dpo_trainer.loading import load_mixture
-from dpo_trainer.loading.mixture import KEYS, parse_mixture
-from dpo_trainer.loading.origin import named
-from dpo_trainer.loading.splits import use_share
+from dpo_trainer.data.files.mixture import KEYS, load_mixture, parse_mixture
+from dpo_trainer.data.files.origin import named
+from dpo_trainer.data.files.splits import use_share
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.batch import PairBatch
 from dpo_trainer.reference import DisabledAdapter, MovingAdapter, MovingModel, NamedAdapter, moving
+from dpo_trainer.types import PairBatch
 
 LN2 = math.log(2)
 

@@ -10,8 +10,10 @@ from datasets import Dataset
 from tokenizers import pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from dpo_trainer.data.encode import can_be_saved, tokenizer_fingerprint, works_in_processes
-from dpo_trainer.loading import load_tokenizer, models
+from dpo_trainer.data.processor import works_in_processes
+from dpo_trainer.data.tokens.encode import can_be_saved, tokenizer_fingerprint
+from dpo_trainer.models import load as models
+from dpo_trainer.models.load import load_tokenizer
 from dpo_trainer.online import OnlineDPOConfig
 from dpo_trainer.online.prompts import PromptData
 

@@ -10,7 +10,7 @@ import torch
 from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 
-from dpo_trainer.optimizer_checks import IN_BACKWARD, NOT_RESUMED, OF_TORCH
+from dpo_trainer.options.optimizers import IN_BACKWARD, NOT_RESUMED, OF_TORCH
 
 # To the package, and to what says in transformers that it is there. Those of bitsandbytes train in test_quantised.py.
 ELSEWHERE = {

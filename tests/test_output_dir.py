@@ -20,7 +20,7 @@ import tiny
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.checkpoints import (
+from dpo_trainer.checkpointing import (
     ASIDE,
     MANIFEST,
     RECORD,
@@ -33,8 +33,8 @@ from dpo_trainer.checkpoints import (
     step_of,
     surplus,
 )
-from dpo_trainer.checkpoints.lock import HOLDER, LOCK
-from dpo_trainer.run_state import STATE_FILE
+from dpo_trainer.checkpointing.lock import HOLDER, LOCK
+from dpo_trainer.checkpointing.run_state import STATE_FILE
 
 HOLD = """
 import json, os, sys

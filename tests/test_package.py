@@ -59,7 +59,7 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_there_are_modules_to_import():
-    assert {"dpo_trainer.trainer", "dpo_trainer.losses.margin", "dpo_trainer.data.schema"} <= set(MODULES)
+    assert {"dpo_trainer.trainer", "dpo_trainer.losses.margin", "dpo_trainer.data.rows.schema"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.batch import PairBatch
+from dpo_trainer.types import PairBatch
 
 QV = ["q_proj", "v_proj"]
 SQUARE = ["q_proj", "o_proj"]
@@ -223,7 +223,7 @@ def test_a_package_that_peft_lacks(tmp_path, monkeypatch):
     def without_it(*args: Any, **kwargs: Any) -> None:
         raise ImportError("The required package 'scipy' is not installed.")
 
-    monkeypatch.setattr("dpo_trainer.loading.adapters.get_peft_model", without_it)
+    monkeypatch.setattr("dpo_trainer.models.adapters.get_peft_model", without_it)
     with pytest.raises(ValueError, match=r"peft_config needs a package that is not here.*scipy"):
         tiny.trainer(tmp_path, parts={"peft_config": tiny.lora()})
 

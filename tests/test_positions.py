@@ -28,7 +28,7 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-from dpo_trainer.positions import table_of_positions, window_of
+from dpo_trainer.models.positions import table_of_positions, window_of
 
 SMALL = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.batch import TokenizedPair
 from dpo_trainer.data import DataCollatorForPreference
-from dpo_trainer.data.collate import inputs_of
+from dpo_trainer.data.batches.collate import inputs_of
 from dpo_trainer.data.content import completion_keys, dataset_digest
-from dpo_trainer.precompute import packs
 from dpo_trainer.reference import CachedReference, FrozenModel, UntrainedPolicy
+from dpo_trainer.reference.precompute import packs
+from dpo_trainer.types import TokenizedPair
 
 # What the issue of the same losses is measured with: log-probs of about -80 nats in float32, summed in another order.
 SAME = 1e-5
@@ -196,7 +196,7 @@ def test_equal_completions_are_computed_once(tmp_path, caplog):
 
 def test_a_kill_in_the_middle_loses_nothing_that_was_written(tmp_path, caplog, monkeypatch):
     """As far as an exception is one; tests/faults kills for real."""
-    monkeypatch.setattr("dpo_trainer.precompute.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("dpo_trainer.reference.precompute.FLUSH_SECONDS", 0.0)
     trainer = tiny.trainer(tmp_path, precompute_ref_log_probs=True, precompute_ref_max_tokens=40)
     compute, calls = trainer.reference.compute, []
 
@@ -462,8 +462,8 @@ def test_keys_know_which_tokens_are_scored():
 @given(st.lists(rows_of_tokens, min_size=1, max_size=5))
 def test_collated_keys_name_the_completions_of_the_batch(rows):
     """In both layouts, which number completions differently."""
-    from dpo_trainer.batch import PairBatch
-    from dpo_trainer.data.uncollate import as_padded
+    from dpo_trainer.data.batches.uncollate import as_padded
+    from dpo_trainer.types import PairBatch
 
     flat = PairBatch.from_inputs(inputs_of(rows, "flat", 0, keyed=True))
     for batch in (flat, PairBatch.from_inputs(inputs_of(rows, "padded", 0, keyed=True)), as_padded(flat, 0)):

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, byte_bpe
 
-from dpo_trainer.batch import Preferred
 from dpo_trainer.data import (
     FEATURES,
     DataOptions,
@@ -30,7 +29,7 @@ from dpo_trainer.data.content import content_id
 from dpo_trainer.data.mapping import PairMapper
 from dpo_trainer.data.report import DROPPED, KEPT, DataReport
 from dpo_trainer.data.stream import PATIENCE
-from dpo_trainer.data.truncate import PairIds
+from dpo_trainer.types import PairIds, Preferred
 
 TOKENIZER = byte_bpe(chat_template=CHAT)
 COLUMNS = list(FEATURES)

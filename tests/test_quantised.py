@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.linear_check import wrong_gradients
-from dpo_trainer.loading import compute_as_in_training, make_quantization_config
+from dpo_trainer.models.adapters import compute_as_in_training, make_quantization_config
+from dpo_trainer.models.linear_check import wrong_gradients
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -12,12 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, byte_bpe
 
-from dpo_trainer.batch import Preferred
 from dpo_trainer.data import DataOptions, Limits, prepare_dataset
-from dpo_trainer.data.ranking import against_each, is_number, ranked
-from dpo_trainer.data.report import Flag
-from dpo_trainer.data.schema import pair_from_row
-from dpo_trainer.data.truncate import PairIds
+from dpo_trainer.data.rows.ranking import against_each, is_number, ranked
+from dpo_trainer.data.rows.schema import pair_from_row
+from dpo_trainer.types import Flag, PairIds, Preferred
 
 TOKENIZER = byte_bpe(chat_template=CHAT)
 

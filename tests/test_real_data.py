@@ -9,7 +9,7 @@ import pytest
 from tiny_tokenizers import CHAT, byte_bpe
 
 from dpo_trainer.data import DataOptions, form_of, pair_from_row, prepare_dataset
-from dpo_trainer.loading import load_dataset_splits
+from dpo_trainer.data.files.datasets import load_dataset_splits
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOKENIZER = byte_bpe(chat_template=CHAT)

@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.batch import PairBatch
 from dpo_trainer.reference import DisabledAdapter, FrozenModel, NamedAdapter, NoReference
+from dpo_trainer.types import PairBatch
 
 LAYOUTS = ["flat", "padded"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -318,8 +318,8 @@ def test_weights_beside_the_adapter_under_autocast(tmp_path):
 
 
 def test_sharded_weights_beside_the_adapter_are_refused():
-    from dpo_trainer.logprobs import Scorer
     from dpo_trainer.reference import choose_reference
+    from dpo_trainer.scoring.logprobs import Scorer
 
     model = unfrozen_norms()
     with pytest.raises(ValueError, match=r"weights of the base model are trained beside.*modules_to_save.*ref_model"):

@@ -117,6 +117,6 @@ def test_where_there_is_nothing_to_check_nothing_is_computed(options, tmp_path, 
 def test_it_draws_no_random_numbers(tmp_path, monkeypatch):
     how = {"parts": {"peft_config": tiny.lora(lora_dropout=0.2)}}
     checked = tiny.trained(tmp_path, **how)
-    monkeypatch.setattr("dpo_trainer.reference_check.ReferenceCheck.begin", lambda *_, **__: None)
+    monkeypatch.setattr("dpo_trainer.reference.check.ReferenceCheck.begin", lambda *_, **__: None)
     unchecked = tiny.trained(tmp_path, **how)
     tiny.assert_same_weights(tiny.weights(checked.model), tiny.weights(unchecked.model))

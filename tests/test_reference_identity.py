@@ -33,10 +33,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from dpo_trainer.logprobs import Scorer, evaluation_mode
+from dpo_trainer.models.unwrap import evaluation_mode
 from dpo_trainer.reference import UntrainedPolicy, hashing
 from dpo_trainer.reference.identity import identify
-from dpo_trainer.run_identity import model_identity
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.training.run_identity import model_identity
 
 IDS = torch.tensor([[2, 40, 41, 42, 90, 91, 3, 77, 78, 1], [2, 200, 100, 50, 3, 9, 8, 7, 6, 5]])
 

@@ -24,9 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from dpo_trainer.cache_folders import cache_folder
 from dpo_trainer.reference import cache
-from dpo_trainer.reference.cache import Record, Store, Summary, database, keep_within, prune, summaries
+from dpo_trainer.reference.cache import Record, Store, Summary, keep_within, prune, summaries
+from dpo_trainer.storage import sqlite as database
+from dpo_trainer.storage.folders import cache_folder
 
 REFERENCE = "ab12" * 8
 ABOUT = {"model": "tiny/llama", "dtype": "float32"}

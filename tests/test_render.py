@@ -7,12 +7,11 @@ import json
 import pytest
 from tiny_tokenizers import CHAT, FORGETFUL, MARKED, PLAIN_LINES, SPECIAL, WITH_CALLS, byte_bpe
 
-from dpo_trainer.batch import Pair, Preferred
-from dpo_trainer.data.render import control_tokens
-from dpo_trainer.data.report import Flag
-from dpo_trainer.data.schema import pair_from_row
-from dpo_trainer.data.tokenize import tokenize_pairs
-from dpo_trainer.data.truncate import Limits
+from dpo_trainer.data.rows.schema import pair_from_row
+from dpo_trainer.data.tokens.render import control_tokens
+from dpo_trainer.data.tokens.tokenize import tokenize_pairs
+from dpo_trainer.data.tokens.truncate import Limits
+from dpo_trainer.types import Flag, Pair, Preferred
 
 PLAIN = byte_bpe()
 CHATTY = byte_bpe(chat_template=CHAT)

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from dpo_trainer import DPOTrainer, register_loss
-from dpo_trainer.batch import PairLogps
-from dpo_trainer.checkpoints import ASIDE, MANIFEST, CheckpointError, broken_file
-from dpo_trainer.run_state import STATE_FILE, TENSORS_FILE
+from dpo_trainer.checkpointing import ASIDE, MANIFEST, CheckpointError, broken_file
+from dpo_trainer.checkpointing.run_state import STATE_FILE, TENSORS_FILE
+from dpo_trainer.types import PairLogps
 
 TIMES = re.compile(r"runtime|_per_second|train_loss|total_flos")
 """What a log line says about the clock, or about one call of `train` alone; `total_flos` is compared by itself."""
@@ -861,8 +861,8 @@ class FillDisk(TrainerCallback):
 WRITERS = {
     "model": "transformers.modeling_utils.safe_save_file",
     "optimizer": "torch.save",
-    "state": "dpo_trainer.durable.write_state",
-    "manifest": "dpo_trainer.durable.seal",
+    "state": "dpo_trainer.checkpointing.durable.write_state",
+    "manifest": "dpo_trainer.checkpointing.durable.seal",
 }
 
 

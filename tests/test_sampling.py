@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler, Sampler
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.data.sampling import BalancedSampler, balanced, equal_batches, in_rounds
+from dpo_trainer.data.batches.sampling import BalancedSampler, balanced, equal_batches, in_rounds
 
 # --- by hand ---
 

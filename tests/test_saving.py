@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.checkpoints import CheckpointError, remove_leftovers
-from dpo_trainer.loading import load_model, make_quantization_config
+from dpo_trainer.checkpointing import CheckpointError, remove_leftovers
+from dpo_trainer.models.adapters import make_quantization_config
+from dpo_trainer.models.load import load_model
 
 sys.path.insert(0, str(Path(__file__).parent / "vision"))
 import zoo
@@ -279,7 +280,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def refused(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("dpo_trainer.save_checks.tempfile.TemporaryDirectory", refused)
+    monkeypatch.setattr("dpo_trainer.checkpointing.save_checks.tempfile.TemporaryDirectory", refused)
     with pytest.raises(ValueError, match=r"Nothing can be saved in --output_dir .*another --output_dir"):
         tiny.trainer(tmp_path)
 
@@ -348,7 +349,9 @@ def test_a_save_that_is_killed_leaves_such_a_file(tmp_path):
 
 def test_a_disk_that_is_too_small_is_told(tmp_path, monkeypatch, caplog):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("dpo_trainer.save_checks.shutil.disk_usage", lambda folder: usage._replace(free=1000))
+    monkeypatch.setattr(
+        "dpo_trainer.checkpointing.save_checks.shutil.disk_usage", lambda folder: usage._replace(free=1000)
+    )
     tiny.trainer(tmp_path)
     assert "GB free: free space before training ends" in caplog.text
 

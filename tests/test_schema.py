@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, byte_bpe
 
-from dpo_trainer.batch import ONE_PAIR, Preferred
 from dpo_trainer.data import DataOptions, form_of, prepare_dataset
-from dpo_trainer.data.columns import check_columns, unread_columns
-from dpo_trainer.data.implicit import shared_length, split_messages, split_texts
-from dpo_trainer.data.messages import is_blank
-from dpo_trainer.data.schema import pair_from_row, weight_from_row
-from dpo_trainer.data.tokenized import example_id_from_row, ids_from_row
-from dpo_trainer.data.truncate import PairIds
+from dpo_trainer.data.rows.columns import check_columns, unread_columns
+from dpo_trainer.data.rows.implicit import shared_length, split_messages, split_texts
+from dpo_trainer.data.rows.messages import is_blank
+from dpo_trainer.data.rows.schema import pair_from_row, weight_from_row
+from dpo_trainer.data.rows.tokenized import example_id_from_row, ids_from_row
+from dpo_trainer.types import ONE_PAIR, PairIds, Preferred
 
 TOKENIZER = byte_bpe(chat_template=CHAT)
 

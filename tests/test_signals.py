@@ -22,9 +22,15 @@ import tiny
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.checkpoints import broken_file
-from dpo_trainer.lasting_output import LastingStream, lasting_output
-from dpo_trainer.signals import HEEDED, INTERRUPTED, STOPPED_BY_SIGNAL, command_that_goes_on, telling_command
+from dpo_trainer.checkpointing import broken_file
+from dpo_trainer.checkpointing.lasting_output import LastingStream, lasting_output
+from dpo_trainer.checkpointing.signals import (
+    HEEDED,
+    INTERRUPTED,
+    STOPPED_BY_SIGNAL,
+    command_that_goes_on,
+    telling_command,
+)
 
 TIMES = re.compile(r"runtime|_per_second|train_loss|total_flos")
 

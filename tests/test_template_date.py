@@ -11,11 +11,12 @@ import tiny
 import transformers.utils.chat_template_utils as chat_templates
 from datasets import Dataset
 
-from dpo_trainer import DPOConfig, template_date
+from dpo_trainer import DPOConfig
 from dpo_trainer.data import DataOptions, prepare_dataset
-from dpo_trainer.data.dates import dated, writes_date
-from dpo_trainer.data.encode import tokenizer_fingerprint
+from dpo_trainer.data.tokens.dates import dated, writes_date
+from dpo_trainer.data.tokens.encode import tokenizer_fingerprint
 from dpo_trainer.inspection.run import inspect
+from dpo_trainer.training import template_date
 
 DATED = (
     "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}\n{% endif %}"

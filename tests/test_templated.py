@@ -11,8 +11,8 @@ import pytest
 from test_render import assistant, scored, talk, tokenize, tool, turn, user
 from tiny_tokenizers import CHAT, byte_bpe
 
-from dpo_trainer.data.report import Flag
-from dpo_trainer.data.schema import pair_from_row
+from dpo_trainer.data.rows.schema import pair_from_row
+from dpo_trainer.types import Flag
 
 GENERATION = "{% if add_generation_prompt %}<|assistant|>"
 WITH_CALLS = CHAT.replace(

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, byte_bpe, word_level
 from transformers import PreTrainedTokenizerFast
 
-from dpo_trainer.batch import Pair, Preferred
-from dpo_trainer.data.encode import check_tokenizer, tokenizer_fingerprint
-from dpo_trainer.data.report import Flag
-from dpo_trainer.data.tokenize import tokenize_pairs
-from dpo_trainer.data.truncate import Limits, PairIds
+from dpo_trainer.data.tokens.encode import check_tokenizer, tokenizer_fingerprint
+from dpo_trainer.data.tokens.tokenize import tokenize_pairs
+from dpo_trainer.data.tokens.truncate import Limits
+from dpo_trainer.types import Flag, Pair, PairIds, Preferred
 
 PLAIN = byte_bpe()
 CHATTY = byte_bpe(chat_template=CHAT)

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import trainer as transformers_trainer
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.batch import PairBatch
 from dpo_trainer.data import DataCollatorForPreference
 from dpo_trainer.losses import LOSSES
+from dpo_trainer.types import PairBatch
 
 LN2 = math.log(2)
 

@@ -11,8 +11,8 @@ import tiny
 import torch
 from datasets import Dataset
 
-from dpo_trainer.batch import PairBatch
-from dpo_trainer.data.uncollate import pairs_of
+from dpo_trainer.data.batches.uncollate import pairs_of
+from dpo_trainer.types import PairBatch
 
 LN2 = math.log(2)
 PROMPT = [{"role": "user", "content": "what does cat eat?"}]

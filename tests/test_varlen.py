@@ -13,10 +13,10 @@ import varlen_stand_in
 from test_attention import MODULE, PAIRS, SEGMENTS, SINKS, VARIANTS, T, tensors
 from torch import Tensor
 
-from dpo_trainer import attention, varlen
-from dpo_trainer.attention import shared_prompt_attention
-from dpo_trainer.batch import Segments
-from dpo_trainer.varlen import Kernel, choose, flash_attn_arguments, torch_arguments
+from dpo_trainer.scoring import attention, varlen
+from dpo_trainer.scoring.attention import shared_prompt_attention
+from dpo_trainer.scoring.varlen import Kernel, choose, flash_attn_arguments, torch_arguments
+from dpo_trainer.types import Segments
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from dpo_trainer import versions
-from dpo_trainer.loading.models import load_model, load_processing_class
+from dpo_trainer.models.load import load_model, load_processing_class
 from dpo_trainer.versions import CONFLICTS, conflicts, note_on, raise_conflict_behind
 
 if sys.version_info >= (3, 11):

@@ -13,8 +13,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dpo_trainer.loading import load_model
-from dpo_trainer.vocabulary import refuse_smaller_reference
+from dpo_trainer.models.load import load_model
+from dpo_trainer.models.vocabulary import refuse_smaller_reference
 
 IDS = [5, 40, 80, 261, 17]
 

@@ -17,14 +17,16 @@ from datasets import Dataset
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from dpo_trainer.cache_folders import write_text
-from dpo_trainer.callbacks import beside_progress_bar
-from dpo_trainer.checkpoints.saving import refused_by_disk
+from dpo_trainer.checkpointing.saving import refused_by_disk
 from dpo_trainer.cli.errors import OneMessage
-from dpo_trainer.loading import hub, load_dataset_splits, load_processing_class, load_tokenizer
-from dpo_trainer.model_card import code, fenced, in_cell
-from dpo_trainer.online.feedback import FeedbackUnavailable
+from dpo_trainer.data.files.datasets import load_dataset_splits
+from dpo_trainer.models.load import load_processing_class, load_tokenizer
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable
 from dpo_trainer.printable import printable_lines
+from dpo_trainer.storage import hub
+from dpo_trainer.storage.folders import write_text
+from dpo_trainer.training.callbacks import beside_progress_bar
+from dpo_trainer.training.model_card import code, fenced, in_cell
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NASTY = "a\x1b[31mred\n```\n# owned <script>|\u202ex"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_trainer.varlen import Kernel, torch_arguments
+from dpo_trainer.scoring.varlen import Kernel, torch_arguments
 
 calls: list[tuple[int, ...]] = []
 """Shapes of the queries that it was called with."""

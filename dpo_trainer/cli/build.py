@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..cache_folders import naming
 from ..config import DPOConfig
-from ..loading import load_processing_class, make_quantization_config
+from ..models.adapters import make_quantization_config
+from ..models.load import load_processing_class
+from ..storage.folders import naming
 from ..trainer import DPOTrainer
 from .arguments import ModelArguments, ScriptArguments, make_peft_config, merged_init_kwargs
 from .data import load_data

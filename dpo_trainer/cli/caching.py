@@ -10,9 +10,9 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..cache_folders import cache_folder
 from ..printable import printable
 from ..reference.cache import Summary, prune, summaries
+from ..storage.folders import cache_folder
 from .parsing import parse_args
 
 OUTPUT = "out/reference"

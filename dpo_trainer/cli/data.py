@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..loading import load_dataset_splits, load_mixture
+from ..data.files.datasets import load_dataset_splits
+from ..data.files.mixture import load_mixture
 from .arguments import ScriptArguments
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..checkpointing.signals import telling_command
 from ..config import DPOConfig
-from ..signals import telling_command
 from .errors import OneMessage
 from .parsing import parse_args
 

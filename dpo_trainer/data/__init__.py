@@ -7,17 +7,17 @@ images                 image_columns.py, image_source.py (_pixels, _download), i
 rows -> PairBatch      packs.py, collate.py, uncollate.py
 """
 
-from .collate import DataCollatorForPreference
-from .encode import check_tokenizer
+from .batches.collate import DataCollatorForPreference
 from .mapping import FEATURES
-from .needs import Needs
 from .options import DataOptions
 from .prepare import prepare_dataset, prepare_mixture
 from .report import DataReport, report_table, write_reports
-from .schema import form_of, pair_from_row
+from .rows.needs import Needs
+from .rows.schema import form_of, pair_from_row
 from .stream import FilledStream, RepeatedStream
-from .tokenize import tokenize_pairs
-from .truncate import Limits
+from .tokens.encode import check_tokenizer
+from .tokens.tokenize import tokenize_pairs
+from .tokens.truncate import Limits
 
 __all__ = [
     "FEATURES",

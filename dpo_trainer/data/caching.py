@@ -18,8 +18,8 @@ import pyarrow as pa
 from datasets import Dataset, is_caching_enabled
 from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
 
-from ..cache_folders import damage, is_sealed, remove_sealed, seal
-from .encode import works_in_processes
+from ..storage.folders import damage, is_sealed, remove_sealed, seal
+from .processor import works_in_processes
 
 logger = logging.getLogger(__name__)
 

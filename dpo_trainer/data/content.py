@@ -11,9 +11,8 @@ import numpy as np
 import xxhash
 from datasets import Dataset, IterableDataset
 
-from ..batch import Stretch, TokenizedPair
-from .image_source import encoded
-from .truncate import PairIds
+from ..types import PairIds, Stretch, TokenizedPair
+from .images.source import encoded
 
 
 def content_id(pair: PairIds, images: Iterable[Any] = ()) -> int:

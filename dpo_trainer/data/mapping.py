@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from .columns import TOKENIZED, announce_unread, check_columns, is_tokenized
+from ..types import PairIds
 from .content import content_id
-from .encode import eos_token_id, tokenizer_fingerprint
-from .image_places import check_none_is_shown
-from .image_source import encoded, images_of
-from .image_text import ImageText
-from .kinds import kinds_of_batch
+from .images.source import encoded, images_of
+from .images.text import ImageText
 from .report import RowFacts, labelled
-from .schema import pair_from_row, weight_from_row
-from .tokenize import tokenize_pairs
-from .tokenized import example_id_from_row, ids_from_row
-from .truncate import Limits, PairIds
+from .rows.columns import TOKENIZED, announce_unread, check_columns, is_tokenized
+from .rows.image_places import check_none_is_shown
+from .rows.kinds import kinds_of_batch
+from .rows.schema import pair_from_row, weight_from_row
+from .rows.tokenized import example_id_from_row, ids_from_row
+from .tokens.encode import eos_token_id, tokenizer_fingerprint
+from .tokens.tokenize import tokenize_pairs
+from .tokens.truncate import Limits
 
 FEATURES = Features(
     {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .image_source import ImageAccess
-from .truncate import Limits
+from .images.source import ImageAccess
+from .tokens.truncate import Limits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,21 +12,21 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
+from ..types import Flag, PairIds
 from .caching import map_cached
-from .columns import announce_unread, check_columns, compared_columns, read_columns
 from .content import content_id
-from .dates import dated
-from .encode import text_tokenizer
-from .image_columns import alike, beside, image_columns, undecoded
-from .image_source import images_of
-from .image_text import ImageText
-from .kinds import kinds_of_features
+from .images.columns import alike, beside, image_columns, undecoded
+from .images.source import images_of
+from .images.text import ImageText
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
-from .needs import Needs
 from .options import DataOptions
-from .report import USELESS, DataReport, Flag, RowFacts
+from .processor import text_tokenizer
+from .report import USELESS, DataReport, RowFacts
+from .rows.columns import announce_unread, check_columns, compared_columns, read_columns
+from .rows.kinds import kinds_of_features
+from .rows.needs import Needs
 from .stream import prepare_stream, warn_of_templated
-from .truncate import PairIds
+from .tokens.dates import dated
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntFlag
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,34 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..cache_folders import write_text
 from ..printable import printable
+from ..storage.folders import write_text
+from ..types import Flag
 
 logger = logging.getLogger(__name__)
 
 FIRST = 5
 """How many row numbers of each kind a report names."""
-
-
-class Flag(IntFlag):
-    """What happened to a row; kept as a column, so that a cached dataset reports as a fresh one does."""
-
-    TRUNCATED_PROMPT = 1
-    TRUNCATED_CHOSEN = 2
-    TRUNCATED_REJECTED = 4
-    MERGED_BOUNDARY = 8
-    EMPTY_PROMPT = 16
-    IDENTICAL = 32
-    NO_ROOM = 64
-    EMPTY_COMPLETION = 128
-    TOO_LONG = 256
-    TIED = 512
-    DUPLICATE = 1024
-    CONTROL_TEXT = 2048
-    GENERATION_DIFFERS = 4096
-    REASONING_LEFT_OUT = 8192
-    NO_END_OF_TURN = 16384
-    ROLES_RENAMED = 32768
 
 
 class Kind(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..online.config import OnlineDPOConfig
-from ..online.feedback import Judge, Scores
+from ..online.feedback.protocol import Judge, Scores
 from ..online.samples import Sampled
 from ..online.trainer import OnlineDPOTrainer
 from ..printable import printable_lines

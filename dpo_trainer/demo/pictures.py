@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..batch import Message
+from ..types import Message
 
 COLOURS = {
     "red": (214, 40, 40),

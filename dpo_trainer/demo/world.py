@@ -7,7 +7,7 @@ import re
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..batch import Message
+from ..types import Message
 
 NAMES = (
     "ravin", "alice", "bruno", "chen", "dalia", "emeka", "freya", "goran",

@@ -10,8 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.render import control_tokens, strings_of
-from ..data.report import KEPT, Flag
+from ..data.report import KEPT
+from ..data.tokens.render import control_tokens, strings_of
+from ..types import Flag
 from .rows import Row
 from .similar import FIRST
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data import report as training
 from ..data.content import content_id
-from ..data.image_text import ImageText
+from ..data.images.text import ImageText
 from .checks import ControlText, Endings, TemplateCheck, UnknownIds
 from .facts import RowFacts, facts_of
 from .result import RowCounts, RowError

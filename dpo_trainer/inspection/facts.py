@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.content import stored_image
-from ..data.report import Flag
+from ..types import Flag
 from .measure import RowSizes
 from .rows import Row
 from .similar import Keys, content_key, similarity

@@ -12,10 +12,10 @@ from datasets import Dataset, IterableDataset
 
 from ..cli import ScriptArguments
 from ..cli.data import load_data
-from ..data.columns import check_columns
-from ..data.image_columns import undecoded
-from ..data.kinds import kinds_of_features
+from ..data.images.columns import undecoded
 from ..data.prepare import row_numbers
+from ..data.rows.columns import check_columns
+from ..data.rows.kinds import kinds_of_features
 
 
 class NumberedRow(NamedTuple):

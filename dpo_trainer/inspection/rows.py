@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..batch import Pair
-from ..data.columns import is_tokenized
-from ..data.image_text import ImageText
+from ..data.images.text import ImageText
 from ..data.mapping import given_ids
-from ..data.schema import form_of, pair_from_row, weight_from_row
-from ..data.tokenize import tokenize_pairs
-from ..data.truncate import Limits, PairIds
+from ..data.rows.columns import is_tokenized
+from ..data.rows.schema import form_of, pair_from_row, weight_from_row
+from ..data.tokens.tokenize import tokenize_pairs
+from ..data.tokens.truncate import Limits
+from ..types import Pair, PairIds
 from .parts import NumberedRow
 
 BATCH = 256

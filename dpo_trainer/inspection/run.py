@@ -13,13 +13,14 @@ from datasets import Dataset, IterableDataset
 
 from ..cli import ModelArguments, ScriptArguments
 from ..config import DPOConfig
-from ..data.dates import dated
-from ..data.encode import eos_token_id, text_tokenizer
-from ..data.image_text import ImageText
+from ..data.images.text import ImageText
 from ..data.options import DataOptions
-from ..loading import load_processing_class
+from ..data.processor import text_tokenizer
+from ..data.tokens.dates import dated
+from ..data.tokens.encode import eos_token_id
+from ..models.load import load_processing_class
 from ..printable import printable
-from ..template_date import settle_date
+from ..training.template_date import settle_date
 from .arguments import InspectionArguments
 from .collect import Collection
 from .estimate import optimizer_steps

@@ -12,9 +12,9 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..attention import why_not_flat
-from ..loading.hub import brief_without_network
-from ..loading.names import fetch, where
+from ..models.names import fetch, where
+from ..scoring.attention import why_not_flat
+from ..storage.hub import brief_without_network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

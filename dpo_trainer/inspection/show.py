@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.report import DROPPED, Flag
-from ..data.truncate import PairIds
+from ..data.report import DROPPED
 from ..printable import printable
+from ..types import Flag, PairIds
 from .checks import control_ids
 from .rows import Row
 from .visible import with_white_space

@@ -1,10 +1,10 @@
 """Losses: small pure functions by name, what shapes them, and the `Objective` that a run makes of them."""
 
+from ..distributed.ranks import Ranks
 from . import anchored, batchwise, likelihood, margin
 from .check import check_loss_arguments
 from .objective import Objective, PairLosses
-from .ranks import Ranks
-from .record import LOSSES, Loss, register_loss
+from .registry import LOSSES, Loss, register_loss
 from .user import load_loss_module
 
 __all__ = [

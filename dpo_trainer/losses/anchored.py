@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import PairLogps
-from .record import register_loss
+from ..types import PairLogps
+from .registry import register_loss
 from .shaping import log_ratios
 
 

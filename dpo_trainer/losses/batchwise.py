@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import PairLogps
+from ..distributed.ranks import ALL_RANKS, Ranks
+from ..types import PairLogps
 from .margin import smoothed_logistic
-from .ranks import ALL_RANKS, Ranks
-from .record import register_loss
+from .registry import register_loss
 from .shaping import log_ratios
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .record import LOSSES, SUPPLIED, hyperparameters
+from .registry import LOSSES, SUPPLIED, hyperparameters
 
 
 class Bound(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import PairLogps
-from .record import register_loss
+from ..types import PairLogps
+from .registry import register_loss
 
 
 def chosen_nll(policy: PairLogps, *, normalization: str, weight: Tensor | None = None) -> Tensor:

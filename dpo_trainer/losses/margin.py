@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import PairLogps
-from .record import register_loss
+from ..types import PairLogps
+from .registry import register_loss
 from .shaping import EXPONENT_LIMIT, Divergence, log_ratios, reverse_kl
 
 

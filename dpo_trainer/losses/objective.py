@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import PairLogps, without_autocast
+from ..distributed.ranks import Ranks
+from ..types import PairLogps, without_autocast
 from .batchwise import RunningShift
 from .likelihood import chosen_nll
-from .ranks import Ranks
-from .record import LOSSES, Loss, hyperparameters
+from .registry import LOSSES, Loss, hyperparameters
 from .shaping import Divergence, divergence_by_name, length_desensitized, log_ratios, reverse_kl, wpo_weight
 
 Plain = int | float | str | None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import PairLogps, TokenLogps
+from ..types import PairLogps, TokenLogps
 
 Divergence = Callable[[Tensor], Tensor]
 """The score f'(e^r) of a log-ratio, up to a constant: the margin of a pair is score(r_chosen) - score(r_rejected)."""

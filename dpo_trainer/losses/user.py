@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..user_module import import_user_module
-from .record import LOSSES
+from .registry import LOSSES
 
 
 def load_loss_module(path_or_module: str) -> list[str]:

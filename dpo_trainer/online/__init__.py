@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded when first used, as in the package above.
 _HOMES = {
-    "Comparison": "feedback",
-    "FeedbackUnavailable": "feedback",
-    "Judge": "feedback",
+    "Comparison": "feedback.protocol",
+    "FeedbackUnavailable": "feedback.protocol",
+    "Judge": "feedback.protocol",
     "LogCompletionsCallback": "callbacks",
     "OnlineDPOConfig": "config",
     "OnlineDPOTrainer": "trainer",
-    "PairwiseJudge": "feedback",
-    "RewardModel": "reward_model",
-    "Rewards": "rewards",
+    "PairwiseJudge": "feedback.protocol",
+    "RewardModel": "feedback.reward_model",
+    "Rewards": "feedback.rewards",
     "WinRateCallback": "callbacks",
-    "register_judge": "feedback",
+    "register_judge": "feedback.protocol",
 }
 __all__ = [
     "Comparison",
@@ -40,9 +40,9 @@ __all__ = [
 if TYPE_CHECKING:
     from .callbacks import LogCompletionsCallback, WinRateCallback
     from .config import OnlineDPOConfig
-    from .feedback import Comparison, FeedbackUnavailable, Judge, PairwiseJudge, register_judge
-    from .reward_model import RewardModel
-    from .rewards import Rewards
+    from .feedback.protocol import Comparison, FeedbackUnavailable, Judge, PairwiseJudge, register_judge
+    from .feedback.reward_model import RewardModel
+    from .feedback.rewards import Rewards
     from .trainer import OnlineDPOTrainer
 
 

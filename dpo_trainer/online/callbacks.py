@@ -16,11 +16,11 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from ..batch import Text
 from ..registry import did_you_mean
+from ..types import Text
 from .completions import FILE, TRACKERS, append, cut_back, print_completions, rows_of
-from .feedback import Feedback, FeedbackUnavailable
-from .win_rate import WinRate, check_level, compare_answers
+from .feedback.protocol import Feedback, FeedbackUnavailable
+from .feedback.win_rate import WinRate, check_level, compare_answers
 
 logger = logging.getLogger(__name__)
 

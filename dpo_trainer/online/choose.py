@@ -8,18 +8,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..attention import caps_scores
-from ..engines import cuts_weights
-from ..logprobs import base_model
-from . import judges  # noqa: F401  # registers those that come with the package
+from ..distributed.engines import cuts_weights
+from ..models.soft_caps import caps_scores
+from ..models.unwrap import base_model
 from .config import OnlineDPOConfig
-from .feedback import Feedback, make_judge
-from .generation import ContinuousGenerator, Generator, TransformersGenerator, end_tokens
-from .reward_model import RewardModel
-from .rewards import Rewards, load_reward_module
-from .vllm_adapter import check_policy
-from .vllm_colocated import VLLMColocatedGenerator
-from .vllm_server import VLLMServerGenerator
+from .feedback import judges  # noqa: F401  # registers those that come with the package
+from .feedback.protocol import Feedback, make_judge
+from .feedback.reward_model import RewardModel
+from .feedback.rewards import Rewards, load_reward_module
+from .sampling.generate import ContinuousGenerator, Generator, TransformersGenerator, end_tokens
+from .sampling.vllm_adapter import check_policy
+from .sampling.vllm_colocated import VLLMColocatedGenerator
+from .sampling.vllm_server import VLLMServerGenerator
 
 
 def check_sampler(args: OnlineDPOConfig, ref_model: Any, generator: Any) -> None:

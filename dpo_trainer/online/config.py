@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config import DPOConfig, choices
 from ..losses.check import is_number
-from .feedback import parse_options
-from .generation import Decoding
+from .feedback.protocol import parse_options
+from .sampling.generate import Decoding
 
 OFFLINE_ONLY = {
     "precompute_ref_log_probs": "what is sampled is not known before training",

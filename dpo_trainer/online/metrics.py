@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..batch import widest_float
 from ..data.stream import FILLER_ID
 from ..metrics import METRICS, Metric, StepParts
-from .feedback import Scores
+from ..types import widest_float
+from .feedback.protocol import Scores
 from .samples import Sampled
 
 

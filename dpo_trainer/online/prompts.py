@@ -12,18 +12,17 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from ..batch import Text
 from ..data.caching import map_cached
-from ..data.columns import IMAGES, REFUSED
-from ..data.encode import eos_token_id, tokenizer_fingerprint
 from ..data.errors import bad
-from ..data.image_source import images_of
-from ..data.image_text import is_processor
-from ..data.messages import image_count, read_messages
-from ..data.tokenize import tokenize_prompts
-from ..loading.files import AnyDataset
-from ..loading.given import Rows, datasets_of, refuse_columns
-from ..run_data import refuse_different_tables, refuse_split_streams
+from ..data.files.files import AnyDataset
+from ..data.files.given import Rows, datasets_of, refuse_columns
+from ..data.images.source import IMAGES, REFUSED, images_of
+from ..data.images.text import is_processor
+from ..data.rows.messages import image_count, read_messages
+from ..data.tokens.encode import eos_token_id, tokenizer_fingerprint
+from ..data.tokens.tokenize import tokenize_prompts
+from ..training.datasets import refuse_different_tables, refuse_split_streams
+from ..types import Text
 from .config import OnlineDPOConfig
 
 logger = logging.get_logger(__name__)

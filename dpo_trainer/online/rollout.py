@@ -11,16 +11,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..data.messages import without_none
+from ..data.rows.messages import without_none
 from ..data.stream import FILLER_ID
 from ..losses.check import is_number
 from .config import OnlineDPOConfig
-from .feedback import Feedback, FeedbackUnavailable, Scores
-from .generation import Generator
+from .feedback.protocol import Feedback, FeedbackUnavailable, Scores
 from .metrics import TALLIED, Tally, means
 from .pairing import Outcome, paired
 from .prompts import OURS
 from .samples import Completion, Sampled
+from .sampling.generate import Generator
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..batch import Message
+from ..types import Message
 
 
 @dataclass(frozen=True, kw_only=True)

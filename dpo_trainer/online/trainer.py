@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from ..batch import Text, micro_batches
-from ..data.dates import dated
+from ..data.batches.padding_rows import unweigh_fillers
+from ..data.files.given import Rows
 from ..data.stream import FILLER_ID
-from ..data.tokenize import tokenize_prompts
-from ..failures import MemoryAdvice
-from ..fillers import unweigh_fillers
-from ..loading.given import Rows
-from ..positions import table_of_positions, window_of
+from ..data.tokens.dates import dated
+from ..data.tokens.tokenize import tokenize_prompts
+from ..models.positions import table_of_positions, window_of
+from ..models.vocabulary import refuse_smaller_reference
 from ..trainer import DPOTrainer
-from ..vocabulary import refuse_smaller_reference
+from ..training.out_of_memory import MemoryAdvice
+from ..types import Text, micro_batches
 from .choose import check_sampler, choose_feedback, choose_generator
 from .config import OnlineDPOConfig
-from .feedback import Feedback, FeedbackUnavailable
-from .generation import Generator
+from .feedback.protocol import Feedback, FeedbackUnavailable
 from .metrics import ONLINE_METRICS, objective_means
 from .prompts import PromptData, collate_prompts
 from .rollout import Rollout
 from .rounds import Batches, Rounds
 from .samples import Completion, Sampled
+from .sampling.generate import Generator
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..logprobs import base_model
+from ..models.unwrap import base_model
 from .identity import ADAPTER_PARTS, names_without_adapters
 
 

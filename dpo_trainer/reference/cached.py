@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from ..batch import PairBatch, PairLogps, TokenLogps
-from ..cache_folders import cache_folder
-from ..sharding import is_cut
+from ..distributed.sharding import is_cut
+from ..storage.folders import cache_folder
+from ..types import PairBatch, PairLogps, TokenLogps
 from .cache import Record, Store, keep_within
 from .identity import Identity
 from .strategies import Reference

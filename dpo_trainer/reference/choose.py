@@ -5,8 +5,8 @@ from __future__ import annotations
 from peft import PeftModel
 from torch import nn
 
-from ..logprobs import Scorer
-from ..sharding import copy_of
+from ..distributed.sharding import copy_of
+from ..scoring.logprobs import Scorer
 from .beside_adapter import StartingWeights
 from .fresh_adapter import begins_at_zero
 from .moving import MovingAdapter, MovingModel

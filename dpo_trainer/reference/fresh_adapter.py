@@ -9,8 +9,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..logprobs import base_model, evaluation_mode
-from ..sharding import is_cut
+from ..distributed.sharding import is_cut
+from ..models.unwrap import base_model, evaluation_mode
 
 ROUNDING = 1e-5
 """Relative. Some kinds take a weight apart and put it together again; in float32, worst seen 1e-6."""

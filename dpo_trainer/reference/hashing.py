@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..sharding import is_cut, shape_of, whole
+from ..distributed.sharding import is_cut, shape_of, whole
 
 THREADS = min(4, os.cpu_count() or 1)
 

@@ -26,8 +26,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
-from ..logprobs import base_model, evaluation_mode
-from ..sharding import class_of, shape_of
+from ..distributed.sharding import class_of, shape_of
+from ..models.unwrap import base_model, evaluation_mode
 from ..versions import note_on
 from .hashing import DROPOUT, WeightsElsewhere, digests, not_here, plain
 

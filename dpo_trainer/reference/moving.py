@@ -15,8 +15,8 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..logprobs import Scorer
-from ..sharding import kept, shape_of, whole
+from ..distributed.sharding import kept, shape_of, whole
+from ..scoring.logprobs import Scorer
 from .strategies import FrozenModel, NamedAdapter
 from .twins import twins
 

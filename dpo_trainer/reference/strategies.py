@@ -11,9 +11,10 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..batch import PairBatch, PairLogps
-from ..logprobs import Scorer, evaluation_mode
-from ..sharding import copy_of
+from ..distributed.sharding import copy_of
+from ..models.unwrap import evaluation_mode
+from ..scoring.logprobs import Scorer
+from ..types import PairBatch, PairLogps
 from .beside_adapter import StartingWeights, trained_in_base
 from .identity import Identity, identify
 

@@ -9,8 +9,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..logprobs import base_model, evaluation_mode
-from ..sharding import whole
+from ..distributed.sharding import whole
+from ..models.unwrap import base_model, evaluation_mode
 from .beside_adapter import trained_in_base
 
 

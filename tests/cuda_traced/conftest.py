@@ -18,7 +18,7 @@ import guarded
 import pytest
 import torch
 
-from dpo_trainer.varlen import kernels
+from dpo_trainer.scoring.varlen import kernels
 
 
 @pytest.fixture(scope="session")

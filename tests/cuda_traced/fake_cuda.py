@@ -69,8 +69,8 @@ def _move(self: torch.nn.Module, move: Callable[[Tensor], Tensor], recurse: bool
 
 def fake_batch(pairs: Sequence[Any], layout: str) -> Any:
     """A PairBatch of TokenizedPairs, collated on the host and moved to the device."""
-    from dpo_trainer.batch import PairBatch
-    from dpo_trainer.data.collate import inputs_of
+    from dpo_trainer.data.batches.collate import inputs_of
+    from dpo_trainer.types import PairBatch
 
     with unset_fake_temporarily():
         host = inputs_of(pairs, layout, 0)
@@ -220,7 +220,7 @@ def _prepare_package() -> None:
     """Tell the watch when the attention of flat rows runs; and torch cannot make this bias in a dispatch mode."""
     from transformers import AttentionInterface
 
-    from dpo_trainer import attention
+    from dpo_trainer.scoring import attention
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         watch = Watch.current

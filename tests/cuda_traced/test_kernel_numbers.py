@@ -19,11 +19,11 @@ import varlen_stand_in
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
-from dpo_trainer import attention
-from dpo_trainer.attention import shared_prompt_attention
-from dpo_trainer.batch import PairBatch, Preferred, Segments, TokenizedPair
-from dpo_trainer.data.collate import inputs_of
-from dpo_trainer.logprobs import Scorer
+from dpo_trainer.data.batches.collate import inputs_of
+from dpo_trainer.scoring import attention
+from dpo_trainer.scoring.attention import shared_prompt_attention
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.types import PairBatch, Preferred, Segments, TokenizedPair
 
 # Relative, of gradients.
 LIMIT = {torch.float32: 1e-6, torch.bfloat16: 2e-2}

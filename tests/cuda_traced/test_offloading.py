@@ -11,8 +11,8 @@ from fake_cuda import fake_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from traced import SIZES, model_of, pairs
 
-from dpo_trainer import offloading
-from dpo_trainer.logprobs import Scorer
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.training import offloading
 
 WIDTH = SIZES["hidden_size"]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_trainer.batch import PairBatch, PairLogps, TokenLogps
-from dpo_trainer.head import stats_of
-from dpo_trainer.logprobs import METRIC_STATS
 from dpo_trainer.losses import LOSSES, Objective
 from dpo_trainer.metrics import METRICS, MetricSums, StepParts
+from dpo_trainer.scoring.head import stats_of
+from dpo_trainer.scoring.logprobs import METRIC_STATS
+from dpo_trainer.types import PairBatch, PairLogps, TokenLogps
 
 HALF = (torch.float16, torch.bfloat16)
 

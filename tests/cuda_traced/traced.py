@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dpo_trainer import DPOConfig, varlen
-from dpo_trainer.batch import ImageBatch, PairBatch, PairLogps, Preferred, TokenizedPair, TokenLogps
-from dpo_trainer.logprobs import METRIC_STATS, Scorer
+from dpo_trainer import DPOConfig
 from dpo_trainer.losses import LOSSES, Objective
-from dpo_trainer.metrics import METRICS, MetricSums, StepParts, step_loss
+from dpo_trainer.metrics import METRICS, MetricSums, StepParts
 from dpo_trainer.reference.cache import Record
 from dpo_trainer.reference.cached import _as_logps
 from dpo_trainer.reference.strategies import DisabledAdapter, FrozenModel, Reference
+from dpo_trainer.scoring import varlen
+from dpo_trainer.scoring.logprobs import METRIC_STATS, Scorer
+from dpo_trainer.training.micro_batches import step_loss
+from dpo_trainer.types import ImageBatch, PairBatch, PairLogps, Preferred, TokenizedPair, TokenLogps
 
 LAYERS = 2
 SIZES: dict[str, Any] = {

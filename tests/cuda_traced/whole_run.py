@@ -25,7 +25,7 @@ from transformers import TrainerCallback, masking_utils
 
 import dpo_trainer.trainer as trainer_module
 from dpo_trainer import DataCollatorForPreference, DPOConfig, DPOTrainer
-from dpo_trainer.loading import adapters
+from dpo_trainer.models import adapters
 from dpo_trainer.reference import choose
 
 ROWS = [{"prompt_ids": [1, 2, 3 + i], "chosen_ids": [5, 6, 7 + i], "rejected_ids": [8, 9 + i]} for i in range(16)]

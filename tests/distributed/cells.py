@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_trainer import DPOTrainer, register_loss
-from dpo_trainer.batch import PairLogps
+from dpo_trainer.types import PairLogps
 
 GLOBAL_BATCH = 8  # pairs of one micro-batch over all ranks; the test's only process takes them all
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from dpo_trainer import DPOTrainer, durable
-from dpo_trainer.checkpoints import ASIDE
+from dpo_trainer import DPOTrainer
+from dpo_trainer.checkpointing import ASIDE, durable
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from two_processes import torchrun
 
-from dpo_trainer.checkpoints import hold_folder, run_of
+from dpo_trainer.checkpointing import hold_folder, run_of
 
 pytestmark = pytest.mark.distributed
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 from safetensors.torch import load_file
 
-from dpo_trainer.checkpoints import ASIDE, broken_file
+from dpo_trainer.checkpointing import ASIDE, broken_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

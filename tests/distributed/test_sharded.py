@@ -24,7 +24,7 @@ from cells import CELLS, EVAL_ROWS, trained_weights
 from engines import ENGINES
 from launch import ATOL, MEANS, Alone, differences, farthest, together, tolerance
 
-from dpo_trainer.run_state import refuse_another_run
+from dpo_trainer.checkpointing.run_state import refuse_another_run
 
 pytestmark = pytest.mark.distributed
 

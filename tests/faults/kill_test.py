@@ -35,7 +35,7 @@ import run  # first: it sets what libraries read
 from phases import PHASES, announce_phases, begun, innermost, phase_of
 from run import KINDS, Kind
 
-from dpo_trainer.checkpoints import ASIDE, broken_file
+from dpo_trainer.checkpointing import ASIDE, broken_file
 
 PAUSE = 0.02  # seconds at both ends of a part
 PATIENCE = 120.0  # seconds that a process may take

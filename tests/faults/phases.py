@@ -17,11 +17,11 @@ from typing import Any
 
 import run
 
-from dpo_trainer import durable, precompute
-from dpo_trainer.checkpoints import folders
+from dpo_trainer.checkpointing import durable, folders
 from dpo_trainer.data import prepare
 from dpo_trainer.data.mapping import PairMapper
 from dpo_trainer.online.rollout import Rollout
+from dpo_trainer.reference import precompute
 from dpo_trainer.reference.cache import store
 from dpo_trainer.reference.cached import CachedReference
 

@@ -38,7 +38,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.online.llm_judge import LLMJudge
+from dpo_trainer.online.feedback.llm_judge import LLMJudge
 
 torch.set_num_threads(1)
 

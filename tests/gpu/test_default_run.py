@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from dpo_trainer import DPOConfig, DPOTrainer, attention
+from dpo_trainer import DPOConfig, DPOTrainer
+from dpo_trainer.scoring import attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make test-gpu)")
 

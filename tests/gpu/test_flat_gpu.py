@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_trainer import attention
-from dpo_trainer.attention import shared_prompt_attention
-from dpo_trainer.batch import PairBatch, Segments, TokenizedPair
-from dpo_trainer.data.collate import flat_inputs, padded_inputs
-from dpo_trainer.layout import Layout
-from dpo_trainer.logprobs import Scorer
-from dpo_trainer.varlen import Kernel, kernels
+from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
+from dpo_trainer.scoring import attention
+from dpo_trainer.scoring.attention import shared_prompt_attention
+from dpo_trainer.scoring.layout import Layout
+from dpo_trainer.scoring.logprobs import Scorer
+from dpo_trainer.scoring.varlen import Kernel, kernels
+from dpo_trainer.types import PairBatch, Segments, TokenizedPair
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (make test-gpu)"),

@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from dpo_trainer.online.config import OnlineDPOConfig
-from dpo_trainer.online.feedback import Judge
+from dpo_trainer.online.feedback.protocol import Judge
 from dpo_trainer.online.samples import Completion
 from dpo_trainer.online.trainer import OnlineDPOTrainer
 

@@ -18,9 +18,9 @@ from dpo_trainer.data.errors import LONGEST
 from dpo_trainer.online import callbacks, completions
 from dpo_trainer.online.callbacks import LogCompletionsCallback, WinRateCallback
 from dpo_trainer.online.completions import as_markdown, print_completions
-from dpo_trainer.online.feedback import FeedbackUnavailable
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable
+from dpo_trainer.online.feedback.win_rate import WinRate
 from dpo_trainer.online.samples import Completion, Sampled
-from dpo_trainer.online.win_rate import WinRate
 
 HOSTILE = "[bold red]x[/] \x1b[2J|<script>alert(1)</script>\n# h `c` *b* [a](http://b) :smile: \u202e"
 

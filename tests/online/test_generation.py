@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from dpo_trainer.online.generation import Decoding, TransformersGenerator, end_tokens
+from dpo_trainer.online.sampling.generate import Decoding, TransformersGenerator, end_tokens
 
 PROMPTS = [online_tiny.ids_of(text, finished=False) for text in ("cat", "the owl likes", "x", "dog eats figs and hay")]
 NEW = 8

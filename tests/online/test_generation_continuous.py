@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from dpo_trainer.online.generation import ContinuousGenerator, Decoding, TransformersGenerator
+from dpo_trainer.online.sampling.generate import ContinuousGenerator, Decoding, TransformersGenerator
 
 GREEDY = Decoding(max_new_tokens=6, temperature=0.0)
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]

@@ -14,10 +14,10 @@ import tiny
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from dpo_trainer.online.feedback import JUDGES, FeedbackUnavailable, Judge, register_judge
-from dpo_trainer.online.reward_model import RewardModel
+from dpo_trainer.online.feedback.protocol import JUDGES, FeedbackUnavailable, Judge, register_judge
+from dpo_trainer.online.feedback.reward_model import RewardModel
+from dpo_trainer.online.feedback.win_rate import WinRate
 from dpo_trainer.online.samples import Completion, Sampled
-from dpo_trainer.online.win_rate import WinRate
 
 ROOT = Path(__file__).parents[2]
 

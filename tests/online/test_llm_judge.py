@@ -24,10 +24,9 @@ openai = pytest.importorskip("openai", reason="the judge is built on it: pip ins
 import tiny
 from chat_server import Answer, Asked, ChatServer, answers_of, failed, longer_is_better, said, unused_port
 
-from dpo_trainer.online import chat
 from dpo_trainer.online.endpoint import without_key
-from dpo_trainer.online.feedback import FeedbackUnavailable, make_judge
-from dpo_trainer.online.llm_judge import (
+from dpo_trainer.online.feedback import chat
+from dpo_trainer.online.feedback.llm_judge import (
     PROMPT_TEMPLATE,
     SYSTEM_PROMPT,
     LLMJudge,
@@ -36,6 +35,7 @@ from dpo_trainer.online.llm_judge import (
     marker_of,
     parse_verdict,
 )
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable, make_judge
 from dpo_trainer.online.samples import Completion, Sampled
 
 KEY = "sk-SECRET-0123456789abcdef"
@@ -266,7 +266,7 @@ def test_each_question_has_a_code_of_its_own_and_the_same_one_again():
 def test_a_code_that_stands_in_a_text_is_not_taken(monkeypatch):
     code = marker_of(Question("p", "x", "y"))
     # No text holds its own code, so the hash is made to give it.
-    monkeypatch.setattr("dpo_trainer.online.llm_judge.json.dumps", lambda parts: f"{parts[0]}")
+    monkeypatch.setattr("dpo_trainer.online.feedback.llm_judge.json.dumps", lambda parts: f"{parts[0]}")
     first = marker_of(Question("p", "x", "y"))
     assert first != code
     assert marker_of(Question("p", f"x {first}", "y")) != first

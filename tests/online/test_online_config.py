@@ -20,11 +20,11 @@ from dpo_trainer import DPOConfig
 from dpo_trainer.cli import parse_args
 from dpo_trainer.online.choose import choose_feedback
 from dpo_trainer.online.config import OFFLINE_ONLY, OnlineDPOConfig
-from dpo_trainer.online.feedback import JUDGES, Judge
-from dpo_trainer.online.generation import Decoding
-from dpo_trainer.online.reward_model import RewardModel
-from dpo_trainer.online.rewards import Rewards
+from dpo_trainer.online.feedback.protocol import JUDGES, Judge
+from dpo_trainer.online.feedback.reward_model import RewardModel
+from dpo_trainer.online.feedback.rewards import Rewards
 from dpo_trainer.online.samples import Completion, Sampled
+from dpo_trainer.online.sampling.generate import Decoding
 
 ROOT = Path(__file__).parents[2]
 CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true"]

@@ -21,9 +21,9 @@ from online_tiny import Recording, Told, by_chance, without_times
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dpo_trainer.online.feedback import FeedbackUnavailable
+from dpo_trainer.checkpointing.run_state import STATE_FILE
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable
 from dpo_trainer.online.trainer import OnlineDPOTrainer
-from dpo_trainer.run_state import STATE_FILE
 
 # --- runs: 10 rows, 2 to a batch and 2 batches to a step, make epochs of 3 steps; the last of each has one batch ---
 

@@ -16,9 +16,9 @@ from datasets import Dataset, IterableDataset
 from online_tiny import Known, Recording, Steps, Told, by_chance, completion, lines, without_times, wordy
 from torch import Tensor
 
-from dpo_trainer import fillers
+from dpo_trainer.data.batches import padding_rows as fillers
 from dpo_trainer.losses import LOSSES
-from dpo_trainer.online.feedback import FeedbackUnavailable
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable
 from dpo_trainer.online.trainer import OnlineDPOTrainer
 
 LN2 = math.log(2)

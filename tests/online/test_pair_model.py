@@ -11,8 +11,8 @@ import tiny
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from dpo_trainer.online.feedback import Comparison, make_judge
-from dpo_trainer.online.pair_model import PairModelJudge
+from dpo_trainer.online.feedback.pair_model import PairModelJudge
+from dpo_trainer.online.feedback.protocol import Comparison, make_judge
 from dpo_trainer.online.samples import Completion, Sampled
 
 MARKS = ["<|source|>", "<|candidate1|>", "<|candidate2|>"]
@@ -215,7 +215,7 @@ def test_shares_fit_the_window(window, given, shares):
 
 
 def test_without_a_limit_the_shares_are_those_of_pairrm(monkeypatch):
-    monkeypatch.setattr("dpo_trainer.online.classifier._window", lambda config, tokenizer: None)
+    monkeypatch.setattr("dpo_trainer.online.feedback.classifier._window", lambda config, tokenizer: None)
     judge = PairModelJudge(model=bert(), tokenizer=tokenizer(), source_max_length=3000)
     assert (judge.source_max_length, judge.candidate_max_length) == (3000, 412)
 

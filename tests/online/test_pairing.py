@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_trainer.data.collate import read_row
+from dpo_trainer.data.batches.collate import read_row
 from dpo_trainer.online.pairing import Outcome, paired
 from dpo_trainer.online.samples import Completion, Sampled
 

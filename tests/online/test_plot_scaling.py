@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from dpo_trainer.online.win_rate import WinRate
+from dpo_trainer.online.feedback.win_rate import WinRate
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,9 +20,9 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from dpo_trainer.online.classifier import Classifier
-from dpo_trainer.online.reward_model import RewardModel
-from dpo_trainer.online.rewards import Rewards
+from dpo_trainer.online.feedback.classifier import Classifier
+from dpo_trainer.online.feedback.reward_model import RewardModel
+from dpo_trainer.online.feedback.rewards import Rewards
 from dpo_trainer.online.samples import Completion, Sampled
 
 SIZES = {**tiny.SIZES, "num_labels": 1}

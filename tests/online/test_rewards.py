@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_trainer.online.feedback import FeedbackUnavailable
-from dpo_trainer.online.rewards import Rewards, load_reward_module
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable
+from dpo_trainer.online.feedback.rewards import Rewards, load_reward_module
 from dpo_trainer.online.samples import Completion, Sampled
 
 

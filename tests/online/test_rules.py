@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpo_trainer.online import rules  # noqa: F401  # registers the judges
-from dpo_trainer.online.feedback import JUDGES, make_judge
+from dpo_trainer.online.feedback import rules  # noqa: F401  # registers the judges
+from dpo_trainer.online.feedback.protocol import JUDGES, make_judge
 from dpo_trainer.online.samples import Completion, Sampled
 
 

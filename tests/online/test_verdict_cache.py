@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from two_processes import torchrun
 
-from dpo_trainer.online import verdict_cache
-from dpo_trainer.online.verdict_cache import LONGEST_REPLY, Verdict, VerdictCache, verdict_folder, verdict_key
+from dpo_trainer.online.feedback import verdict_cache
+from dpo_trainer.online.feedback.verdict_cache import LONGEST_REPLY, Verdict, VerdictCache, verdict_folder, verdict_key
 
 KEYS = [verdict_key("m", number) for number in range(20)]
 
@@ -181,7 +181,7 @@ def test_what_fails_later_ends_caching_and_nothing_else(tmp_path, caplog, monkey
 
 
 def test_a_lock_that_is_kept_ends_caching(tmp_path, caplog, monkeypatch):
-    from dpo_trainer.reference.cache import database
+    from dpo_trainer.storage import sqlite as database
 
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     cache = filled(tmp_path)

@@ -16,8 +16,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from vllm_stand_in import with_adapter
 
-from dpo_trainer.online.generation import Decoding, TransformersGenerator
-from dpo_trainer.online.vllm_colocated import VLLMColocatedGenerator
+from dpo_trainer.online.sampling.generate import Decoding, TransformersGenerator
+from dpo_trainer.online.sampling.vllm_colocated import VLLMColocatedGenerator
 from dpo_trainer.reference.strategies import DisabledAdapter
 
 PROMPTS = [online_tiny.ids_of(text, finished=False) for text in ("cat", "the owl likes", "x")]

@@ -19,10 +19,10 @@ from chat_server import unused_port
 from peft import IA3Config, PeftModel, get_peft_model
 from vllm_stand_in import BASE, VLLMStandIn, error
 
-from dpo_trainer.online.feedback import FeedbackUnavailable
-from dpo_trainer.online.generation import Decoding, TransformersGenerator
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable
 from dpo_trainer.online.samples import Completion
-from dpo_trainer.online.vllm_server import VLLMServerGenerator, check_policy
+from dpo_trainer.online.sampling.generate import Decoding, TransformersGenerator
+from dpo_trainer.online.sampling.vllm_server import VLLMServerGenerator, check_policy
 from dpo_trainer.reference.strategies import DisabledAdapter, NamedAdapter
 
 KEY = "sk-SECRET-0123456789abcdef"

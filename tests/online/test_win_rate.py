@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from dpo_trainer.online.feedback import FeedbackUnavailable, Judge
-from dpo_trainer.online.win_rate import WinRate, compare_answers
+from dpo_trainer.online.feedback.protocol import FeedbackUnavailable, Judge
+from dpo_trainer.online.feedback.win_rate import WinRate, compare_answers
 
 
 class Longer(Judge):

@@ -17,7 +17,7 @@ from jinja2 import TemplateError, UndefinedError
 
 from dpo_trainer.data.mapping import PairMapper
 from dpo_trainer.data.options import DataOptions
-from dpo_trainer.data.report import Flag
+from dpo_trainer.types import Flag
 
 from .oracle import Problem, Texts, check, keepable
 from .rendering import Template, readings

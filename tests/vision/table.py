@@ -25,8 +25,8 @@ import zoo
 from test_vision_models import batch_of, counted, distance
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.logprobs import base_model
-from dpo_trainer.vision import vision_tower
+from dpo_trainer.models.unwrap import base_model
+from dpo_trainer.models.vision import vision_tower
 
 PAGE = HERE.parents[1] / "docs" / "vision.md"
 REGION = re.compile(r"(<!-- models -->\n).*?(<!-- end of models -->)", re.DOTALL)

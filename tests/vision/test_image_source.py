@@ -26,8 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFile
 
-from dpo_trainer.data import image_download, image_pixels, image_server
-from dpo_trainer.data.image_source import ImageAccess, ImageSource, encoded, images_of
+from dpo_trainer.data.images import download as image_download
+from dpo_trainer.data.images import pixels as image_pixels
+from dpo_trainer.data.images import server as image_server
+from dpo_trainer.data.images.source import ImageAccess, ImageSource, encoded, images_of
 
 WHERE = "Row 7 of train, images[1]"
 ANYWHERE = ImageAccess()

@@ -19,10 +19,10 @@ from datasets import Dataset, Image, IterableDataset, List, Video
 
 from dpo_trainer import DPOTrainer
 from dpo_trainer.data import DataCollatorForPreference, DataOptions, prepare_dataset
-from dpo_trainer.data.image_inputs import ImageInputs
-from dpo_trainer.data.image_source import ImageAccess
-from dpo_trainer.data.image_text import ImageText
-from dpo_trainer.vision import sight_of
+from dpo_trainer.data.images.inputs import ImageInputs
+from dpo_trainer.data.images.source import ImageAccess
+from dpo_trainer.data.images.text import ImageText
+from dpo_trainer.models.vision import sight_of
 
 PICTURE = zoo.noise()
 SAID = {"chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}]}

@@ -30,14 +30,14 @@ from PIL import ImageFile
 from transformers import ProcessorMixin
 
 from dpo_trainer.data import FEATURES, DataOptions, prepare_dataset, prepare_mixture
-from dpo_trainer.data.encode import text_tokenizer
-from dpo_trainer.data.image_columns import alike
-from dpo_trainer.data.image_source import ImageAccess, images_of
-from dpo_trainer.data.image_text import ImageText
+from dpo_trainer.data.images.columns import alike
+from dpo_trainer.data.images.source import ImageAccess, images_of
+from dpo_trainer.data.images.text import ImageText
 from dpo_trainer.data.mapping import PairMapper
-from dpo_trainer.data.report import Flag
-from dpo_trainer.data.schema import pair_from_row
-from dpo_trainer.data.tokenize import tokenize_pairs
+from dpo_trainer.data.processor import text_tokenizer
+from dpo_trainer.data.rows.schema import pair_from_row
+from dpo_trainer.data.tokens.tokenize import tokenize_pairs
+from dpo_trainer.types import Flag
 
 Ids = list[int]
 ROOT = Path(__file__).parents[2]

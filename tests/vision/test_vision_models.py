@@ -25,12 +25,12 @@ import vision_rows
 import zoo
 from torch import Tensor, nn
 
-import dpo_trainer.layout
-import dpo_trainer.vision
+import dpo_trainer.models.vision
+import dpo_trainer.scoring.layout
 from dpo_trainer import DPOTrainer
-from dpo_trainer.batch import PairBatch, PairLogps, TokenizedPair
-from dpo_trainer.data.collate import inputs_of, read_row
-from dpo_trainer.loading import load_model, load_processing_class
+from dpo_trainer.data.batches.collate import inputs_of, read_row
+from dpo_trainer.models.load import load_model, load_processing_class
+from dpo_trainer.types import PairBatch, PairLogps, TokenizedPair
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation"),  # PaliGemma's processor

@@ -25,12 +25,12 @@ import zoo
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
-import dpo_trainer.data.image_inputs
+import dpo_trainer.data.images.inputs
 from dpo_trainer import DPOTrainer
-from dpo_trainer.batch import PairBatch
-from dpo_trainer.data.collate import inputs_of, read_row
+from dpo_trainer.data.batches.collate import inputs_of, read_row
 from dpo_trainer.data.content import completion_keys
-from dpo_trainer.logprobs import base_model
+from dpo_trainer.models.unwrap import base_model
+from dpo_trainer.types import PairBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor
 

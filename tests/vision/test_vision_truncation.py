@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from dpo_trainer import DPOTrainer
 from dpo_trainer.data import DataOptions, Limits, prepare_dataset, tokenize_pairs
-from dpo_trainer.data.encode import text_tokenizer
-from dpo_trainer.data.image_source import ImageAccess
-from dpo_trainer.data.image_text import ImageText, processed
-from dpo_trainer.data.report import USELESS, Flag
-from dpo_trainer.data.schema import pair_from_row
-from dpo_trainer.data.truncate import PairIds
+from dpo_trainer.data.images.source import ImageAccess
+from dpo_trainer.data.images.text import ImageText, processed
+from dpo_trainer.data.processor import text_tokenizer
+from dpo_trainer.data.report import USELESS
+from dpo_trainer.data.rows.schema import pair_from_row
+from dpo_trainer.types import Flag, PairIds
 
 Ids = list[int]
 BOS, IMAGE = 1, 2  # words are from 10 on

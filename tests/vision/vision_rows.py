@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.vision import vision_tower
+from dpo_trainer.models.vision import vision_tower
 
 Row = dict[str, Any]
 

@@ -9,8 +9,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from .database import connect, is_new, transaction
-from .files import SUFFIX, journal_of, only_mover
+from ...storage.files import SUFFIX, journal_of, only_mover
+from ...storage.sqlite import connect, is_new, transaction
 
 SET_ASIDE = "damaged, set aside; nothing reads it"
 IN_USE = timedelta(days=1)  # a reference used since then may belong to a run that goes on

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .database import ReadOnly, Shaken, Unusable, connect, describe, is_new, transaction
-from .files import SUFFIX, create, identity_of, move_aside, only_mover
+from ...storage.files import SUFFIX, create, identity_of, move_aside, only_mover
+from ...storage.sqlite import ReadOnly, Shaken, Unusable, connect, describe, is_new, transaction
 from .records import Record, check_keys, intact, record_of, row_of
 
 logger = logging.getLogger(__name__)

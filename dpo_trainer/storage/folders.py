@@ -1,0 +1,140 @@
+"""Where what is kept between runs lies, how a file gets there, and whether it is still what was written.
+
+    rows.arrow
+    rows.arrow.json     {"size": 123456, "xxh3_128": "...", "rows": 1000}
+
+A file is written under another name, synced, and renamed. What it must hold stands beside it (`seal`) and is compared before
+the file is used (`damage`): a disk that was full, a copy that was cut off or a changed byte is found, and the file made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+BLOCK = 8 << 20
+"""Bytes that are read at a time."""
+
+
+def cache_folder(given: str | None, kind: str) -> Path:
+    """`given`, else $DPO_TRAINER_CACHE/kind, else $HF_HOME/dpo_trainer/kind. The folder is not created.
+
+    HF_HOME is ~/.cache/huggingface unless set.
+    """
+    if given:
+        return Path(given).expanduser()
+    if own := os.environ.get("DPO_TRAINER_CACHE"):
+        return Path(own).expanduser() / kind
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(home).expanduser() / "dpo_trainer" / kind
+
+
+def write_text(file: Path, text: str) -> None:
+    """The file whole, or as it was.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    with naming(file), written_whole(file) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Around what writes a file: an error of the disk has its name, which the one of a full disk lacks, and the way out."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{error.strerror}. Free space there, make the folder writable, or give another one"
+        raise OSError(error.errno, problem, str(file)) from error
+
+
+@contextmanager
+def written_whole(file: Path, about: dict[str, int] | None = None) -> Iterator[Path]:
+    """Where to write what shall be `file`, which is there whole or not at all: several workers, and several runs, may write the
+    same one.
+
+    With `about`, counts that may be filled while it is written, it is sealed as well, before it has its name: a reader finds
+    the old file with its new seal at most, and makes it anew as it would have."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.parent / f"{file.name}.{uuid.uuid4().hex}.part"
+    try:
+        yield part
+        _sync(part)
+        if about is not None:
+            _write_seal(part, file, about)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def seal(file: Path, about: dict[str, int]) -> None:
+    """Write beside a finished file what it holds: its size, its checksum, and `about`. The file is synced first."""
+    _sync(file)
+    _write_seal(file, file, about)
+
+
+def is_sealed(file: Path) -> bool:
+    return _seal_of(file).is_file()
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a sealed file; None if it holds what was written."""
+    try:
+        want = json.loads(_seal_of(file).read_bytes())
+        size, checksum = want["size"], want["xxh3_128"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return f"{_seal_of(file).name} cannot be read ({type(error).__name__})"
+    try:
+        if (found := file.stat().st_size) != size:
+            return f"it has {found} bytes instead of {size}"
+        return None if _checksum(file) == checksum else "its content is not what was written"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+
+
+def remove_sealed(file: Path) -> None:
+    """The file and its seal, where they are there."""
+    _seal_of(file).unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
+
+
+def _seal_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.json")
+
+
+def _write_seal(written: Path, file: Path, about: dict[str, int]) -> None:
+    content = {"size": written.stat().st_size, "xxh3_128": _checksum(written), **about}
+    with written_whole(_seal_of(file)) as part:
+        part.write_text(json.dumps(content))
+
+
+def _checksum(file: Path) -> str:
+    found = xxhash.xxh3_128()
+    with file.open("rb", buffering=0) as stream:
+        while block := stream.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, for an error message."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return "it is empty"
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"it holds {', '.join(names[:6])}{more}"

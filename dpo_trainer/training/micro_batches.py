@@ -1,0 +1,162 @@
+"""A device batch in parts that keep to a budget of tokens: each is a forward and a backward of its own.
+
+The collator cuts (data/collate.py), and the gradients of the parts add up to those of the batch. Where the
+engine allows, ranks exchange them with the last part alone; DeepSpeed makes its step there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..config import DPOConfig
+from ..losses import Objective
+from ..types import MICRO_BATCHES, micro_batches, pair_row, pair_weight
+
+logger = logging.get_logger(__name__)
+
+STAGE_OF_GRADIENTS = 2
+"""Of ZeRO: the first whose ranks keep a part of the gradients, and so exchange them in every backward."""
+
+
+PACK_TOKENS = 512
+"""Of a part on a CPU, where nobody asked for parts, unless a row is longer: faster than the whole, about as fast as parts of any size
+between, and of less memory (benchmarks/NOTES.md)."""
+
+
+def tokens_of_a_part(args: DPOConfig, objective: Objective) -> int | None:
+    """What a batch is cut into where nobody asked. None, whole: on accelerators, on several ranks, and where the parts would
+    not add up to the loss of the batch."""
+    alone = args.device.type == "cpu" and args.world_size == 1
+    adds_up = objective.separable and not objective.router_weight and "inputs" not in args.include_for_metrics
+    return PACK_TOKENS if alone and adds_up and args.max_tokens_per_micro_batch is None else None
+
+
+def check_splits(args: DPOConfig, objective: Objective) -> None:
+    """Refuse a budget with losses that have another value on a part of the batch."""
+    if args.max_tokens_per_micro_batch is None:
+        return
+    if not objective.separable:
+        raise ValueError(
+            f"--max_tokens_per_micro_batch {args.max_tokens_per_micro_batch} splits a batch, and {objective.couples} looks at "
+            "all pairs of a batch at once: leave the budget out, with a smaller --per_device_train_batch_size or "
+            "--gradient_checkpointing true for memory; or choose losses of single pairs."
+        )
+    if objective.router_weight:
+        logger.warning(
+            "The load-balancing loss is that of the tokens of each micro-batch, so that --max_tokens_per_micro_batch "
+            "changes it, as gradient accumulation does. All other terms stay what they are."
+        )
+
+
+def keeps_ranks_in_step(args: DPOConfig, *, cuts_weights: bool) -> bool:
+    """Whether all ranks must make as many passes: where each needs the weights of the others, or exchanges gradients with
+    them, in every one. ZeRO-2 does, for it keeps a part of them alone; so does whoever asks for `sync_each_batch`."""
+    zero = args.deepspeed_plugin
+    exchanges = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
+    exchanges = exchanges or (zero is not None and zero.zero_stage >= STAGE_OF_GRADIENTS)
+    return args.max_tokens_per_micro_batch is not None and args.world_size > 1 and (cuts_weights or exchanges)
+
+
+def even_parts(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: Accelerator) -> Tensor:
+    """Give the batches of a step, in place, as many parts as on the rank that has most of each. One collective, one wait.
+
+    What is added are repeats of weight 0: computed, and not counted. Returns the sum of `weight` over ranks.
+    """
+    total, table = _numbers_of_ranks(weight, [len(batch[MICRO_BATCHES]) for batch in batches], accelerator)
+    for batch, numbers in zip(batches, table, strict=True):
+        _fill_up(batch[MICRO_BATCHES], max(numbers))
+    return total
+
+
+def note_pairs(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: Accelerator) -> Tensor:
+    """Write into the batches of a step, in place, how many pairs each rank has: a loss that gathers them in the middle of a
+    micro-batch would wait for its forward pass to find out. One collective, one wait. Returns the sum of `weight` over ranks."""
+    total, table = _numbers_of_ranks(weight, [len(pair_weight(batch)) for batch in batches], accelerator)
+    for batch, numbers in zip(batches, table, strict=True):
+        batch["pairs_by_rank"] = tuple(numbers)
+    return total
+
+
+def _numbers_of_ranks(weight: Tensor, numbers: list[int], accelerator: Accelerator) -> tuple[Tensor, list[list[int]]]:
+    """The sum of `weight` over ranks, and what each rank has in the place of every one of `numbers`."""
+    here = torch.stack([weight, *(weight.new_full((), number) for number in numbers)])
+    table = accelerator.gather(here[None])  # [ranks, 1 + numbers]
+    return table[:, 0].sum(), [[int(number) for number in column] for column in table[:, 1:].T.tolist()]
+
+
+def _fill_up(parts: list[dict[str, Any]], number: int) -> None:
+    smallest = min(parts, key=lambda part: part["input_ids"].numel())
+    parts += [smallest | {"weight": torch.zeros_like(smallest["weight"])}] * (number - len(parts))
+
+
+def step_through(
+    step: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any], accelerator: Accelerator, model: nn.Module
+) -> Tensor:
+    """`step` is forward and backward of one part, and returns its loss; the sum of them comes back."""
+    *others, last = micro_batches(inputs)
+    losses = []
+    for part in others:
+        with _gradients_kept(accelerator, model):
+            losses.append(step(part))
+    return torch.stack([*losses, step(last)]).sum()
+
+
+@contextlib.contextmanager
+def _gradients_kept(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Backward adds to the gradients of this rank: nothing is exchanged, and DeepSpeed makes no step.
+
+    With `sync_each_batch` they are exchanged all the same. In an earlier batch of the step Trainer holds them back itself,
+    and a second hold would let them go too soon under FSDP2.
+    """
+    state = accelerator.gradient_state
+    syncs, each = state.sync_gradients, state.plugin_kwargs.get("sync_each_batch", False)
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    hold = accelerator.no_sync(model) if syncs and not each and not deepspeed else contextlib.nullcontext()
+    state._set_sync_gradients(False)  # DeepSpeed's step is made where this is True
+    try:
+        with hold:
+            yield
+    finally:
+        state._set_sync_gradients(syncs)
+
+
+def weighted_mean(losses: Sequence[Tensor], parts: Sequence[dict[str, Any]]) -> Tensor:
+    """The mean loss of a batch, of the means of its parts."""
+    weights = torch.stack([pair_weight(part).sum() for part in parts])
+    total = weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return (torch.stack(list(losses)) * weights).sum() / total
+
+
+def in_row_order(
+    outputs: Sequence[dict[str, Tensor]], parts: Sequence[dict[str, Any]], real: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """[N] per pair of each part -> of the batch, in the order of its rows, without the pairs that are not `real`."""
+    order = torch.cat([pair_row(part) for part in parts]).argsort(stable=True)
+    order = order[torch.cat(list(real))[order]]
+    return {name: torch.cat([output[name] for output in outputs])[order] for name in outputs[0]}
+
+
+def joined(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of all parts in one row, for whoever counts them."""
+    if MICRO_BATCHES not in inputs:
+        return inputs
+    parts = micro_batches(inputs)
+    names = [name for name in ("input_ids", "attention_mask") if name in parts[0]]
+    return {name: torch.cat([part[name].flatten() for part in parts])[None] for name in names}
+
+
+def step_loss(losses: Tensor, weight: Tensor, weight_of_step: Tensor | None, ranks: int) -> Tensor:
+    """What to call backward on: summed over the micro-batches and averaged over the ranks, as the engines average
+    gradients, it is the mean over all pairs of the optimizer step. Without `weight_of_step`: the mean of this batch.
+    """
+    if weight_of_step is None:
+        weight_of_step, ranks = weight.sum(), 1
+    return (losses * weight).sum() * ranks / weight_of_step.clamp_min(torch.finfo(torch.float32).tiny)
