@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 
+from transformers import TrainingArguments  # noqa: E402
+
 from dpo_trainer.cli import ModelArguments, ScriptArguments  # noqa: E402
 from dpo_trainer.config import DPOConfig  # noqa: E402
 from dpo_trainer.losses import LOSSES  # noqa: E402
@@ -242,10 +244,12 @@ def builtin_losses() -> list[str]:
 
 
 def options_by_section(kind: type) -> str:
-    """A table per `# --- section ---` of a dataclass' source, of the fields that the class itself defines."""
+    """A table per `# --- section ---` in the source of a dataclass, and of the classes of options that it puts together."""
     by_name = {option.name: option for option in dataclasses.fields(kind)}
     parts: list[tuple[str, list[Any]]] = []
-    for line in inspect.getsource(kind).splitlines():
+    inherited = DPOConfig.__mro__ if kind is not DPOConfig else TrainingArguments.__mro__
+    sources = [inspect.getsource(own) for own in kind.__mro__ if own not in inherited]
+    for line in "\n".join(sources).splitlines():
         if section := re.match(r" {4}# --- (.+) ---$", line):
             parts.append((section[1], []))
         elif parts and (option := re.match(r" {4}(\w+): .*= field\(", line)):

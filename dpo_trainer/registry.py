@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -47,3 +48,27 @@ def did_you_mean(name: str, known) -> str:
     """' Did you mean ...?' with the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+# --- options with a set of values, or a least one ---
+
+
+def choices(*allowed: str, help: str) -> dict[str, Any]:
+    """Field metadata for an option with a fixed set of values, as argparse reads it."""
+    return {"help": help, "choices": allowed}
+
+
+def check_choices(config: Any) -> None:
+    for option in fields(config):
+        allowed, value = option.metadata.get("choices"), getattr(config, option.name)
+        unset = value is None and option.default is None
+        if allowed and not unset and value not in allowed:
+            raise ValueError(
+                f"--{option.name} {value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
+            )
+
+
+def check_at_least(least: int, name: str, value: Any) -> None:
+    """Refuse what is neither an integer of at least `least` nor None."""
+    if value is not None and (type(value) is not int or value < least):
+        raise ValueError(f"--{name} must be an integer of at least {least}, or None, got {value!r}.")

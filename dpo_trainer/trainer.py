@@ -42,8 +42,8 @@ from .models.load import load_processing_class
 from .models.positions import table_of_positions, window_of
 from .models.unwrap import base_model
 from .models.vocabulary import check_pad_token, smallest_vocabulary, vocabulary_size
-from .options.checks import check_sampling
 from .options.optimizers import check_given_optimizer
+from .options.run import check_sampling
 from .reference import CachedReference, Reference
 from .reference.check import ReferenceCheck
 from .reference.precompute import Filled, Precompute

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from dpo_trainer import DPOConfig
 from dpo_trainer.data import DataOptions, options
 from dpo_trainer.losses import LOSSES
-from dpo_trainer.options import checks as config_checks
+from dpo_trainer.options import run as config_checks
 
 ROOT = Path(__file__).parents[1]
 OWN = {f.name for f in dataclasses.fields(DPOConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}

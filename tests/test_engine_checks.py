@@ -28,7 +28,7 @@ from dpo_trainer.distributed.engine_checks import (
     check_parallelism,
     check_placement,
 )
-from dpo_trainer.options import checks as config_checks
+from dpo_trainer.options import run as config_checks
 from dpo_trainer.training import offloading
 
 FILES = Path(__file__).parents[1] / "accelerate_configs"

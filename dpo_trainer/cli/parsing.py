@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints, overload
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from ..config import DPOConfig
@@ -63,7 +63,8 @@ class OptionParser(HfArgumentParser):
     def __init__(self, kinds: Sequence[type]):
         self.sections: dict[str, Any] = {}
         self.options = {option.name for option in fields(kinds[-1])}
-        own = {name for kind in kinds[-1].__mro__ if issubclass(kind, DPOConfig) for name in kind.__annotations__}
+        ours = [kind for kind in kinds[-1].__mro__ if kind not in TrainingArguments.__mro__]
+        own = {name for kind in ours for name in kind.__annotations__}
         self.own = own  # the others are the Trainer's
         super().__init__(
             kinds,

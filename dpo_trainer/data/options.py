@@ -1,45 +1,125 @@
-"""What a user may say about the preparation of data: the fields of `DPOConfig` of the same names."""
+"""The options of the data: fields of `DPOConfig`, their bounds, and what they mean for the preparation of rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..registry import check_at_least, check_choices, choices
 from .images.source import ImageAccess
+from .tokens.dates import checked_date
 from .tokens.truncate import Limits
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """See `DPOConfig` (docs/config.md) for what each one does."""
+@dataclass
+class RowOptions:
+    """What becomes of rows on their way to token ids. docs/data.md."""
+
+    # --- the data ---
+    max_length: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Most tokens of prompt + completion. Truncated pairs are counted and reported. None: no limit."
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a prompt; its beginning is cut (its end stays, next to the answer)."},
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a completion; its end is cut."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata=choices(
+            "keep_start",
+            "keep_end",
+            help="Where a pair over --max_length is cut: the end of its completions, or the beginning of its prompt "
+            "(and only then the end of its completions).",
+        ),
+    )
+    too_long: str = field(
+        default="truncate",
+        metadata=choices(
+            "truncate",
+            "drop",
+            "error",
+            help="What to do with rows over --max_length, --max_prompt_length or --max_completion_length: cut them, drop "
+            "them with a count, or stop.",
+        ),
+    )
+    useless_pairs: str = field(
+        default="drop",
+        metadata=choices(
+            "drop",
+            "error",
+            help="What to do with pairs that cannot teach anything (chosen equals rejected, the prompt leaves no room for a "
+            "completion, all scores equal): drop them with a count, or stop.",
+        ),
+    )
+    deduplicate: bool = field(
+        default=False, metadata={"help": "Drop rows with the prompt and the completions of an earlier row, counted."}
+    )
+    max_pairs_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most pairs of one row with several rejected or ranked completions: those of the largest margin, or the "
+            "first. None: all."
+        },
+    )
+    allow_special_tokens_in_text: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the text of a special token inside a row (such as <|im_end|>) as that token. Off, it is text: a "
+            "user cannot end a turn. On for files that are templated already."
+        },
+    )
+    template_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "The date, YYYY-MM-DD, that chat templates write which ask for today's. Default: that of the checkpoint in the "
+            "output folder, else of the reference cache, else today's; a run has one date from its first step to its last."
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes for tokenization. The fast tokenizer already uses every core in one."},
+    )
+
+    # --- images ---
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that paths of images are relative to, and that none may lead out of. Default: the working directory, "
+            "and paths lead anywhere."
+        },
+    )
+    allow_image_urls: bool = field(
+        default=False, metadata={"help": "Download images that are URLs (and keep them in the cache of datasets)."}
+    )
+    allow_private_image_urls: bool = field(
+        default=False,
+        metadata={
+            "help": "With --allow_image_urls: also from servers on loopback, link-local, private and reserved addresses. A row can then "
+            "make this machine ask any server that it reaches."
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class DataOptions(RowOptions):
+    """The same for `prepare_dataset` by itself: without a limit of length."""
 
     max_length: int | None = None
-    max_prompt_length: int | None = None
-    max_completion_length: int | None = None
-    truncation_mode: str = "keep_start"
-    too_long: str = "truncate"
-    useless_pairs: str = "drop"
-    max_pairs_per_prompt: int | None = None
-    deduplicate: bool = False
-    allow_special_tokens_in_text: bool = False
-    template_date: str | None = None
-    dataset_num_proc: int | None = None
     disable_tqdm: bool = False
-    image_root: str | None = None
-    allow_image_urls: bool = False
-    allow_private_image_urls: bool = False
 
     def __post_init__(self):
-        if self.useless_pairs not in ("drop", "error"):
-            raise ValueError(f"useless_pairs must be 'drop' or 'error', got {self.useless_pairs!r}.")
-        if self.allow_private_image_urls and not self.allow_image_urls:
-            raise ValueError(
-                "--allow_private_image_urls has no effect without --allow_image_urls, which fetches images at all: pass both, or "
-                "neither."
-            )
+        check_choices(self)
+        check_row_options(self)
 
     @classmethod
     def from_config(cls, args: Any) -> DataOptions:
+        """Those among the options of a run."""
         return cls(**{option.name: getattr(args, option.name) for option in fields(cls)})
 
     @property
@@ -60,3 +140,32 @@ class DataOptions:
             max_pairs=self.max_pairs_per_prompt,
             bos_token_id=bos_token_id,
         )
+
+
+def check_row_options(config: RowOptions) -> None:
+    for name, least in LEAST.items():
+        check_at_least(least, name, getattr(config, name))
+    if config.max_length is not None and (config.max_prompt_length or 0) >= config.max_length:
+        raise ValueError(
+            f"--max_prompt_length {config.max_prompt_length} leaves no room for a completion in --max_length "
+            f"{config.max_length}: raise --max_length or lower --max_prompt_length."
+        )
+    if config.template_date is not None and checked_date(config.template_date) is None:
+        raise ValueError(
+            f"--template_date must be a day as YYYY-MM-DD, such as 2026-11-30, got {config.template_date!r}."
+        )
+    if config.allow_private_image_urls and not config.allow_image_urls:
+        raise ValueError(
+            "--allow_private_image_urls has no effect without --allow_image_urls, which fetches images at all: pass both, or "
+            "neither."
+        )
+
+
+LEAST = {
+    "max_length": 2,
+    "max_prompt_length": 1,
+    "max_completion_length": 1,
+    "max_pairs_per_prompt": 1,
+    "dataset_num_proc": 1,
+}
+"""The smallest value of options that are an integer or None."""

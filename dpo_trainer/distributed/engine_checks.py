@@ -17,7 +17,7 @@ from accelerate.utils import is_deepspeed_available, str_to_bool
 from torch import nn
 
 if TYPE_CHECKING:
-    from ..config import DPOConfig
+    from transformers import TrainingArguments
 
 OF_ACCELERATE = {"compute_environment", "distributed_type", "deepspeed_config", "fsdp_config", "num_machines"}
 OF_DEEPSPEED = {"zero_optimization", "train_micro_batch_size_per_gpu", "train_batch_size", "zero_stage"}
@@ -35,7 +35,7 @@ ONE_ROW_EACH = {
 # --- files and packages: before transformers reads them ---
 
 
-def check_engine_files(config: DPOConfig) -> None:
+def check_engine_files(config: TrainingArguments) -> None:
     """Refuse two engines at once, the file of another one, FSDP1, and DeepSpeed where it is not installed."""
     of_deepspeed = _settings("--deepspeed", config.deepspeed)
     of_fsdp = _settings("--fsdp_config", config.fsdp_config)
@@ -135,7 +135,7 @@ def _check_fsdp(asked: str, settings: dict[str, Any]) -> None:
 # --- what else the launcher says ---
 
 
-def check_launcher(config: DPOConfig) -> None:
+def check_launcher(config: TrainingArguments) -> None:
     """Refuse what the launcher switches on behind the back of the config. After transformers knows the processes."""
     if _told("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError(
@@ -156,11 +156,11 @@ def check_launcher(config: DPOConfig) -> None:
     check_parallelism(_parallelism(config), config.world_size)
 
 
-def _precision(config: DPOConfig) -> str:
+def _precision(config: TrainingArguments) -> str:
     return "fp16" if config.fp16 else "bf16" if config.bf16 else "no"
 
 
-def _parallelism(config: DPOConfig) -> ParallelismConfig | None:
+def _parallelism(config: TrainingArguments) -> ParallelismConfig | None:
     launched = ParallelismConfig() if _told("ACCELERATE_USE_PARALLELISM_CONFIG") else None
     return config.parallelism_config or launched
 
@@ -185,7 +185,7 @@ def check_parallelism(parallelism: Any, processes: int) -> None:
 # --- the model, and what accelerate made of all this ---
 
 
-def check_placement(model: nn.Module, args: DPOConfig) -> None:
+def check_placement(model: nn.Module, args: TrainingArguments) -> None:
     """Refuse a model that is spread over devices, or lies on another one than its process works on."""
     if (getattr(model, "tp_size", None) or 1) > 1 or getattr(model, "is_distributed_loading_by_transformers", False):
         raise ValueError(

@@ -2,20 +2,20 @@
 
 from ..distributed.ranks import Ranks
 from . import anchored, batchwise, likelihood, margin
-from .check import check_loss_arguments
 from .objective import Objective, PairLosses
+from .options import LossOptions
 from .registry import LOSSES, Loss, register_loss
 from .user import load_loss_module
 
 __all__ = [
     "LOSSES",
     "Loss",
+    "LossOptions",
     "Objective",
     "PairLosses",
     "Ranks",
     "anchored",
     "batchwise",
-    "check_loss_arguments",
     "likelihood",
     "load_loss_module",
     "margin",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..config import DPOConfig, choices
-from ..losses.check import is_number
+from ..config import DPOConfig
+from ..losses.options import is_number
+from ..registry import choices
 from .feedback.protocol import parse_options
 from .sampling.generate import Decoding
 

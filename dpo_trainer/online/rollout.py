@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.rows.messages import without_none
 from ..data.stream import FILLER_ID
-from ..losses.check import is_number
+from ..losses.options import is_number
 from .config import OnlineDPOConfig
 from .feedback.protocol import Feedback, FeedbackUnavailable, Scores
 from .metrics import TALLIED, Tally, means

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..config import DPOConfig
+    from transformers import TrainingArguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ BOUNDS = {
 """By the name of the option."""
 
 
-def check_numbers(config: DPOConfig) -> None:
+def check_numbers(config: TrainingArguments) -> None:
     """Refuse numbers that could only be ignored, or fail in the middle of a run.
 
     Raises:
@@ -79,7 +79,7 @@ def check_numbers(config: DPOConfig) -> None:
             raise ValueError(f"--{name} must be {bounds}, got {value!r}.{WAY_OUT.get(name, '')}")
 
 
-def _is_used(config: DPOConfig, name: str) -> bool:
+def _is_used(config: TrainingArguments, name: str) -> bool:
     """Whether the run reads the option: the number of steps of a strategy that counts none is left alone."""
     strategy = name.removesuffix("_steps") + "_strategy"
     if name == "num_train_epochs" and config.max_steps > 0:

@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from ..registry import did_you_mean
 
 if TYPE_CHECKING:
-    from ..config import DPOConfig
+    from transformers import TrainingArguments
 
 OF_TORCH = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 """Those that are there wherever torch and transformers are."""
@@ -26,7 +26,7 @@ NOT_RESUMED = (
 SMALL = "--optim adamw_8bit and adafactor need little memory, too"
 
 
-def check_optimizer(config: DPOConfig) -> None:
+def check_optimizer(config: TrainingArguments) -> None:
     """Refuse an `--optim` that is not installed, or that does not keep what other options promise."""
     name = str(getattr(config.optim, "value", config.optim))
     known = [each.value for each in OptimizerNames]
@@ -68,7 +68,7 @@ def check_given_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) ->
         )
 
 
-def _refuse_unread(config: DPOConfig, name: str) -> None:
+def _refuse_unread(config: TrainingArguments, name: str) -> None:
     for pair in config.optim_args.replace(" ", "").split(","):
         key = pair.split("=")[0]
         if not _is_read(config, key):
@@ -78,7 +78,7 @@ def _refuse_unread(config: DPOConfig, name: str) -> None:
             )
 
 
-def _is_read(config: DPOConfig, key: str) -> bool:
+def _is_read(config: TrainingArguments, key: str) -> bool:
     """Whether it makes a difference that its value is a number, a boolean or nonsense: another setting, or another error."""
 
     def made_with(value: str) -> str:
@@ -92,13 +92,13 @@ def _is_read(config: DPOConfig, key: str) -> bool:
     return len({made_with(value) for value in ("0.75", "true", "nonsense")}) > 1
 
 
-def _class_and_settings(config: DPOConfig) -> tuple[Any, Any]:
+def _class_and_settings(config: TrainingArguments) -> tuple[Any, Any]:
     from transformers import Trainer  # slow to import, and most runs do not need it here
 
     return Trainer.get_optimizer_cls_and_kwargs(config)
 
 
-def _make(config: DPOConfig) -> None:
+def _make(config: TrainingArguments) -> None:
     """As the run will, to see now what fails."""
     try:
         _class_and_settings(config)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Protocol
 
-from ...losses.check import is_number
+from ...losses.options import is_number
 from ...registry import Registry
 from ..samples import Sampled
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from ...data.errors import clean
-from ...losses.check import is_number
+from ...losses.options import is_number
 from ...registry import did_you_mean
 from ...user_module import import_user_module
 from ..samples import Sampled

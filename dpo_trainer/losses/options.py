@@ -1,13 +1,119 @@
-"""Refusals of the objective's options, at construction of the config: each names the flag, the value and the way out."""
+"""The options of the objective: fields of `DPOConfig`, their bounds and what does not go together. Each error names the flag, the value
+and the way out."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..registry import choices
 from .registry import LOSSES, SUPPLIED, hyperparameters
+from .user import load_loss_module
+
+
+@dataclass
+class LossOptions:
+    """Which losses, and their hyperparameters. docs/losses.md."""
+
+    # --- the objective ---
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Strength of the pull towards the reference, > 0. Usual range 0.01 to 0.5; higher stays closer. "
+            "The tau of `ipo`, the lambda of `orpo`."
+        },
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "One loss, or several that are summed with --loss_weights. docs/losses.md lists them."},
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per --loss_type; 1.0 each when not given."}
+    )
+    loss_module: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Python file (or importable module) that registers losses of your own with @register_loss. "
+            "It is executed: name only files that you trust."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a preference label is flipped, in [0, 0.5). `sigmoid` becomes cDPO; "
+            "`exo_pair` needs it above 0 (1e-3 is its paper's choice)."
+        },
+    )
+    rpo_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the negative log-likelihood of the chosen completion, added to any loss (RPO)."},
+    )
+    rpo_normalization: str = field(
+        default="sequence",
+        metadata=choices(
+            "sequence",
+            "token",
+            help="How the NLL of --rpo_alpha and `sft` is averaged: per completion, then over pairs (the papers), "
+            "or over all tokens of the micro-batch (TRL's `sft`).",
+        ),
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weight each pair by how likely the policy is to write it (WPO)."}
+    )
+    wpo_clamp: bool = field(default=False, metadata={"help": "Clamp the WPO weights of --use_weighting at 1."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "LD-DPO: weight in [0, 1] of the log-probs beyond the length that both completions of a pair share."
+        },
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata=choices(
+            "reverse_kl",
+            "forward_kl",
+            "js_divergence",
+            "alpha_divergence",
+            help="Divergence from the reference, for the losses of the margin.",
+        ),
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "The alpha of --f_divergence_type alpha_divergence, in (0, 1)."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of `discopop`, > 0."})
+    simpo_gamma: float = field(
+        default=0.5, metadata={"help": "Target reward margin of `simpo`, >= 0, in units of the reward."}
+    )
+    ipo_normalization: str = field(
+        default="token",
+        metadata=choices(
+            "token",
+            "sequence",
+            help="`ipo` with log-probs per token (its authors' choice) or summed over the completion (its Eq. 17).",
+        ),
+    )
+    odpo_alpha: float = field(
+        default=1.0, metadata={"help": "Weight of the offset that `odpo` makes of a pair's margin, >= 0."}
+    )
+    odpo_offset: str = field(
+        default="log",
+        metadata=choices(
+            "log",
+            "linear",
+            help="How `odpo` makes an offset of the column `margin`: its logarithm (margins above 0) or itself.",
+        ),
+    )
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the NLL term of `cpo`, >= 0."})
+    dpop_lambda: float = field(
+        default=50.0, metadata={"help": "Weight of `dpop`'s penalty on a falling chosen log-prob, >= 0."}
+    )
+    chi_po_reward_bound: float | None = field(
+        default=None,
+        metadata={"help": "R of `chi_po`, > 0: its scores, times beta, are clipped to [-2R, 2R]. None: no clip."},
+    )
 
 
 class Bound(NamedTuple):
@@ -39,11 +145,15 @@ BOUNDS = {
 }
 
 
-def check_loss_arguments(args: Any) -> None:
+def check_loss_options(args: LossOptions) -> None:
     """Raise ValueError where the loss options of a config contradict themselves or would be ignored.
 
     Also replaces aliases in `args.loss_type` by the names under which their losses are listed.
     """
+    if isinstance(args.loss_type, str):
+        args.loss_type = [args.loss_type]
+    if args.loss_module is not None:
+        load_loss_module(args.loss_module)
     _check_names(args)
     _check_weights(args)
     for name in BOUNDS:
@@ -54,7 +164,7 @@ def check_loss_arguments(args: Any) -> None:
     _check_combinations(args)
 
 
-def _check_names(args: Any) -> None:
+def _check_names(args: LossOptions) -> None:
     if not args.loss_type:
         raise ValueError(f"--loss_type is empty: name one or more of {', '.join(LOSSES)}.")
     for name in args.loss_type:
@@ -70,7 +180,7 @@ def _check_names(args: Any) -> None:
             )
 
 
-def _check_weights(args: Any) -> None:
+def _check_weights(args: LossOptions) -> None:
     weights = args.loss_weights
     if weights is None:
         return
@@ -89,7 +199,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _check_bound(args: Any, name: str) -> None:
+def _check_bound(args: LossOptions, name: str) -> None:
     value: Any = getattr(args, name, None)
     if value is None and _defaults(args).get(name) is None:
         return
@@ -99,7 +209,7 @@ def _check_bound(args: Any, name: str) -> None:
         raise ValueError(f"--{name} must be {BOUNDS[name].words}, got {value!r}. {BOUNDS[name].hint}")
 
 
-def _check_something_uses(args: Any) -> None:
+def _check_something_uses(args: LossOptions) -> None:
     """A hyperparameter that was changed must have a chosen loss that takes it. (`beta` also scales the logged rewards.)"""
     builtin = {argument for name in LOSSES if LOSSES[name].builtin for argument in LOSSES[name].arguments}
     taken = {argument for name in args.loss_type for argument in LOSSES[name].arguments}
@@ -114,7 +224,7 @@ def _check_something_uses(args: Any) -> None:
             )
 
 
-def _check_combinations(args: Any) -> None:
+def _check_combinations(args: LossOptions) -> None:
     losses = [LOSSES[name] for name in args.loss_type]
     if "exo_pair" in args.loss_type and not args.label_smoothing:
         raise ValueError(
@@ -150,5 +260,5 @@ def _check_combinations(args: Any) -> None:
         )
 
 
-def _defaults(args: Any) -> dict[str, Any]:
+def _defaults(args: LossOptions) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(args)}

@@ -1,52 +1,141 @@
-"""What `DPOConfig` refuses, and what it fills in where nothing was said. The objective's own are in losses/check.py."""
+"""The options of the run: those of `transformers.TrainingArguments`, with other defaults where these do harm, and our own; what is refused
+among them, and what is filled in."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from dataclasses import fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import is_liger_kernel_available
 
-from ..data.options import DataOptions
-from ..data.tokens.dates import checked_date
 from ..printable import printable
-from ..registry import did_you_mean
-
-if TYPE_CHECKING:
-    from ..config import DPOConfig
-
-# Smallest value of options that are an integer or None.
-LEAST = {
-    "max_length": 2,
-    "max_prompt_length": 1,
-    "max_completion_length": 1,
-    "max_pairs_per_prompt": 1,
-    "dataset_num_proc": 1,
-    "pad_to_multiple_of": 1,
-    "ref_model_sync_steps": 1,
-    "ref_model_sync_epochs": 1,
-    "precompute_ref_max_tokens": 1,
-    "max_tokens_per_micro_batch": 1,
-}
+from ..registry import check_at_least, choices
 
 
-def check_choices(config: DPOConfig) -> None:
-    for option in fields(config):
-        allowed, value = option.metadata.get("choices"), getattr(config, option.name)
-        unset = value is None and option.default is None
-        if allowed and not unset and value not in allowed:
-            raise ValueError(
-                f"--{option.name} {value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
-            )
+@dataclass
+class RunOptions(TrainingArguments):
+    """How a run computes, and what it does when something goes wrong."""
+
+    # --- the batch ---
+    layout: str = field(
+        default="auto",
+        metadata=choices(
+            "auto",
+            "flat",
+            "padded",
+            help="How a batch meets the model: all pairs in one row, each prompt once, no padding (flat); one padded row "
+            "per completion (padded); or flat where the model allows it, verified on the first batch (auto).",
+        ),
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad the rows of a batch to a multiple of this many tokens."}
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of one forward pass (flat: of the row; padded: rows times the longest). A batch with more is "
+            "computed in parts, with the same gradients. None: whole; on a CPU in parts of about 512 or of "
+            "its longest row, which are faster there."
+        },
+    )
+    activation_offloading: bool = field(
+        default=False, metadata={"help": "Keep the activations that backward needs in pinned host memory (GPU only)."}
+    )
+    cache_processed_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep processed images on disk ($DPO_TRAINER_CACHE/images, else $HF_HOME/dpo_trainer/images), for later "
+            "epochs and runs. Faster where images are large, and takes more room than they do."
+        },
+    )
+
+    # --- faults ---
+    nonfinite: str = field(
+        default="stop",
+        metadata=choices(
+            "stop",
+            "skip",
+            help="What to do at a non-finite loss or gradient: stop before the weights are touched, or leave that optimizer step "
+            "out, with a count and the ids of the pairs.",
+        ),
+    )
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "With --nonfinite skip: the most steps in a row that are left out; one more stops the run, for then the weights are "
+            "at fault."
+        },
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the checkpoint was written with another loss, other data or another reference, or cannot "
+            "be verified."
+        },
+    )
+    force_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Train although another process trains or saves in --output_dir, which is an error otherwise: checkpoints can become a "
+            "mix of both runs."
+        },
+    )
+
+    # --- defaults that differ from transformers ---
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of the optimizer."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two log lines; below 1, a share of all."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in backward to save memory, at about 20%% of the speed. Default: on.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "bfloat16 mixed precision. Default: on where the device computes in bfloat16, unless --fp16.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    use_cpu: bool = field(
+        default=False,
+        metadata={"help": "Compute on the CPU. Set by itself where there is nothing else to compute on."},
+    )
+    liger_kernel_config: dict[str, bool] | None = field(
+        default_factory=lambda: {"cross_entropy": False, "fused_linear_cross_entropy": False},
+        metadata={"help": "JSON: which kernels of --use_liger_kernel to take. Default: those of the layers alone."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Refused when set: a non-finite loss stops the run instead of being hidden."}
+    )
 
 
-def check_output_dir(config: DPOConfig) -> None:
+def check_run_options(config: RunOptions) -> None:
+    """What can be known before `TrainingArguments` has read its options."""
+    for name in ("pad_to_multiple_of", "max_tokens_per_micro_batch"):
+        check_at_least(1, name, getattr(config, name))
+    check_output_dir(config)
+    check_nonfinite(config)
+
+
+def fill_in(config: RunOptions) -> None:
+    resolve_checkpointing(config)
+    resolve_precision(config)
+    resolve_transfers(config)
+
+
+def check_output_dir(config: RunOptions) -> None:
     """A name that no folder can have, or that something else has."""
     given = config.output_dir
     if given is None:
@@ -76,39 +165,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def check_bounds(config: DPOConfig) -> None:
-    for name, least in LEAST.items():
-        value = getattr(config, name)
-        if value is not None and (type(value) is not int or value < least):
-            raise ValueError(f"--{name} must be an integer of at least {least}, or None, got {value!r}.")
-    coef = config.router_aux_loss_coef
-    if coef is not None and not (isinstance(coef, int | float) and 0 <= coef < math.inf):
-        raise ValueError(f"--router_aux_loss_coef must be a number of at least 0, got {coef!r}.")
-    quota = config.ref_cache_quota
-    if not (isinstance(quota, int | float) and 0 < quota < math.inf):
-        raise ValueError(f"--ref_cache_quota must be a number of gigabytes above 0, got {quota!r}.")
-
-
-def check_images(config: DPOConfig) -> None:
-    DataOptions.from_config(config)  # which refuses addresses of private servers where no address is fetched
-
-
-def check_lengths(config: DPOConfig) -> None:
-    if config.max_length is not None and (config.max_prompt_length or 0) >= config.max_length:
-        raise ValueError(
-            f"--max_prompt_length {config.max_prompt_length} leaves no room for a completion in --max_length "
-            f"{config.max_length}: raise --max_length or lower --max_prompt_length."
-        )
-
-
-def check_template_date(config: DPOConfig) -> None:
-    if config.template_date is not None and checked_date(config.template_date) is None:
-        raise ValueError(
-            f"--template_date must be a day as YYYY-MM-DD, such as 2026-11-30, got {config.template_date!r}."
-        )
-
-
-def check_nonfinite(config: DPOConfig) -> None:
+def check_nonfinite(config: RunOptions) -> None:
     if config.nonfinite == "skip" and config.deepspeed:
         raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
     most, default = config.max_skipped_steps, type(config).max_skipped_steps
@@ -118,64 +175,7 @@ def check_nonfinite(config: DPOConfig) -> None:
         )
 
 
-def check_cache(config: DPOConfig) -> None:
-    if config.precompute_ref_log_probs:
-        return
-    for option in fields(config):
-        name, value = option.name, getattr(config, option.name)
-        of_cache = name.startswith("ref_cache_") or name == "precompute_ref_max_tokens"
-        if of_cache and value != option.default:
-            raise ValueError(
-                f"--{name} {value} would be ignored: there is a cache with --precompute_ref_log_probs alone. Add it, or "
-                "leave this out."
-            )
-
-
-def check_moving_reference(config: DPOConfig) -> None:
-    """Refuse what contradicts a moving reference. The model has a say in `reference/`."""
-    how = ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_sync_epochs")
-    given = [name for name in how if getattr(config, name) is not None]
-    if not config.sync_ref_model:
-        if given:
-            raise ValueError(
-                f"--{given[0]} {getattr(config, given[0])} would be ignored: the reference moves with --sync_ref_model "
-                "alone. Add it, or leave this out."
-            )
-        return
-    if config.ref_model_sync_steps is not None and config.ref_model_sync_epochs is not None:
-        raise ValueError(
-            f"--ref_model_sync_steps {config.ref_model_sync_steps} and --ref_model_sync_epochs "
-            f"{config.ref_model_sync_epochs} both say when the reference moves: give one of them."
-        )
-    alpha = config.ref_model_mixup_alpha
-    if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha <= 1):
-        raise ValueError(
-            f"--ref_model_mixup_alpha must be a number above 0 and at most 1, got {alpha!r}: the share of the policy, "
-            "0.6 where nothing is said; 1 replaces the reference. For one that stays, leave --sync_ref_model off."
-        )
-    for name, why in {
-        "precompute_ref_log_probs": "its cache holds the numbers of a reference that stays",
-        "ref_adapter_name": "mixing would overwrite that adapter. Without it a copy of the trained adapter moves",
-    }.items():
-        if getattr(config, name):
-            raise ValueError(f"--sync_ref_model excludes --{name}: {why}. Leave one of the two out.")
-    if config.use_separate_reference_adapter is False:
-        raise ValueError(
-            "--sync_ref_model excludes --use_separate_reference_adapter false: the model below the adapter is the "
-            "policy's as well, and cannot move. Leave one of the two out."
-        )
-
-
-def resolve_moving_reference(config: DPOConfig) -> None:
-    if not config.sync_ref_model:
-        return
-    if config.ref_model_mixup_alpha is None:
-        config.ref_model_mixup_alpha = 0.6  # as in the paper's best runs, and in TRL
-    if config.ref_model_sync_steps is None and config.ref_model_sync_epochs is None:
-        config.ref_model_sync_steps = 512
-
-
-def resolve_checkpointing(config: DPOConfig) -> None:
+def resolve_checkpointing(config: RunOptions) -> None:
     """`gradient_checkpointing`, the name that users know, steers whatever name this transformers has for it."""
     name = "activation_checkpointing" if hasattr(config, "activation_checkpointing") else "gradient_checkpointing"
     if getattr(config, name) is None:
@@ -184,7 +184,7 @@ def resolve_checkpointing(config: DPOConfig) -> None:
         setattr(config, f"{name}_kwargs", config.gradient_checkpointing_kwargs)
 
 
-def resolve_precision(config: DPOConfig) -> None:
+def resolve_precision(config: RunOptions) -> None:
     on_cpu = config.use_cpu or not torch.accelerator.is_available()
     if config.bf16 is None:
         config.bf16 = not config.fp16 and _computes_in_bfloat16(on_cpu)
@@ -192,7 +192,7 @@ def resolve_precision(config: DPOConfig) -> None:
     config.use_cpu = config.use_cpu or (on_cpu and config.bf16)
 
 
-def check_against_trainer(config: DPOConfig) -> None:
+def check_against_trainer(config: RunOptions) -> None:
     """Options of `TrainingArguments` that would be ignored, or would falsify what is logged."""
     if config.logging_nan_inf_filter:
         raise ValueError(
@@ -256,7 +256,7 @@ def check_against_trainer(config: DPOConfig) -> None:
             )
 
 
-def check_micro_batches(config: DPOConfig) -> None:
+def check_micro_batches(config: RunOptions) -> None:
     if config.max_tokens_per_micro_batch is not None and "inputs" in config.include_for_metrics:
         raise ValueError(
             f"--max_tokens_per_micro_batch {config.max_tokens_per_micro_batch} computes a batch in parts, which have no one "
@@ -264,7 +264,7 @@ def check_micro_batches(config: DPOConfig) -> None:
         )
 
 
-def check_sampling(config: DPOConfig, train_dataset: Any) -> None:
+def check_sampling(config: RunOptions, train_dataset: Any) -> None:
     """Once the data is there: transformers would say in its log that it ignores this."""
     if config.train_sampling_strategy in ("group_by_length", "batch_rebalance") and not has_length(train_dataset):
         raise ValueError(
@@ -273,12 +273,12 @@ def check_sampling(config: DPOConfig, train_dataset: Any) -> None:
         )
 
 
-def resolve_dispatch(config: DPOConfig) -> None:
+def resolve_dispatch(config: RunOptions) -> None:
     """Every process reads its own batches, those of a stream too: accelerate would cut and send around one process's."""
     config.accelerator_config.dispatch_batches = False
 
 
-def resolve_transfers(config: DPOConfig) -> None:
+def resolve_transfers(config: RunOptions) -> None:
     """Batches go to a GPU from pinned memory without being waited for, unless `accelerator_config` says how they go."""
     given: Any = config.accelerator_config
     if isinstance(given, str) and given.startswith("{"):
