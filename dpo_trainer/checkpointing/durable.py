@@ -69,7 +69,9 @@ class DurableTrainer(Trainer):
         # Here as well as in the config, which does not see what `accelerate launch` switches on.
         if self.args.nonfinite == "skip" and self.is_deepspeed_enabled:
             raise ValueError("--nonfinite skip cannot keep DeepSpeed from its optimizer step: use --nonfinite stop.")
-        self.folder = OutputFolder(self.args)
+        self.folder = OutputFolder(
+            Path(str(self.args.output_dir)), force=self.args.force_output_dir, main=self.args.process_index == 0
+        )
         self.watch = StepWatch()
         self.signals = StopSignals(says=self.args.process_index == 0)
         self.exit_code: int | None = None

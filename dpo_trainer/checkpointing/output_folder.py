@@ -1,6 +1,6 @@
 """What an output folder holds when a run comes to it, and what the run makes of that: one run for each folder.
 
-    folder = OutputFolder(args)             when the trainer is made: what is there is of earlier runs
+    folder = OutputFolder(path, ...)        when the trainer is made: what is there is of earlier runs
     folder.hold(trainer)                    train() begins, or the model is saved: no other process may
     record = folder.decide(checkpoint, ...) which run this is: a new one, or the one that wrote the checkpoint
     folder.begin(record, ...)               on all ranks
@@ -17,7 +17,6 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..config import DPOConfig
 from . import (
     ASIDE,
     WEIGHTS,
@@ -57,12 +56,13 @@ Signature = tuple[int, int, int]
 class OutputFolder:
     """`output_dir` of a run."""
 
-    def __init__(self, args: DPOConfig):
-        self.path, self.force = Path(str(args.output_dir)), args.force_output_dir
+    def __init__(self, path: Path, *, force: bool, main: bool):
+        """`force`: take the folder although another run has it. `main`: whether this is the main process."""
+        self.path, self.force = path, force
         self.of_earlier_runs = {path: _signature(path) for path in self._matching((*RESULTS, *PARTS))}
         self.record = RunRecord()
         self.fresh, self.claimed = True, False
-        if args.process_index == 0 and (holder := is_held_elsewhere(self.path)) is not None:
+        if main and (holder := is_held_elsewhere(self.path)) is not None:
             logger.warning(
                 f"Another run is using --output_dir {self.path}: {holder}. Two runs cannot train in one folder."
             )

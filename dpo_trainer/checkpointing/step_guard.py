@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from . import tidy
-from .step_watch import Verdict, non_finite_error, precision_ways_out
+from .output_folder import OutputFolder
+from .signals import StopSignals
+from .step_watch import StepWatch, Verdict, non_finite_error, precision_ways_out
 
-if TYPE_CHECKING:
-    from .durable import DurableTrainer
 logger = logging.get_logger(__name__)
+
+
+class GuardedTrainer(Protocol):
+    """What the guard of a step needs of a trainer: `DurableTrainer` has it."""
+
+    args: Any
+    model: Any
+    optimizer: Any
+    folder: OutputFolder
+    watch: StepWatch
+    signals: StopSignals
+    skipped_steps: int
+    skipped_in_a_row: int
+    is_deepspeed_enabled: bool
+    _tr_loss: Tensor
+    _initial_global_step: int
+
+    @property
+    def stop_asked(self) -> bool: ...
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor: ...
+
+    def stop_after_step(self, *, interrupted: bool) -> None: ...
+
+    def proven(self) -> None: ...
+
+    def disown(self, problem: str) -> str: ...
+
+    def mark_step(self) -> Any: ...
+
+    def undo_step(self, mark: Any) -> None: ...
 
 
 class StepGuard(TrainerCallback):
     """Looks at a step before it is made."""
 
-    def __init__(self, trainer: DurableTrainer):
+    def __init__(self, trainer: GuardedTrainer):
         self.trainer = trainer
         self.said_no_gradient = False
 

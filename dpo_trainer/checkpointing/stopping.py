@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
-
-if TYPE_CHECKING:
-    from .durable import DurableTrainer
 
 
 class Ending:
@@ -51,10 +48,25 @@ class Ending:
         self.evaluation_due, self.unplanned = state["evaluation_due"], set(state["unplanned"])
 
 
+class EvaluatingTrainer(Protocol):
+    """What `MakeUpEvaluation` needs of a trainer."""
+
+    eval_dataset: Any
+    ending: Ending
+    evaluated_as: tuple[Any, Any]
+
+    @property
+    def resumed_from(self) -> str | None: ...
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any) -> dict[str, float]: ...
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool: ...
+
+
 class MakeUpEvaluation(TrainerCallback):
     """Begins a resumed run with the evaluation that the one before it left out: before its next step, or its end."""
 
-    def __init__(self, trainer: DurableTrainer):
+    def __init__(self, trainer: EvaluatingTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

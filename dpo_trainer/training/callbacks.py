@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from logging import getLogger
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from ..config import DPOConfig
-    from ..trainer import DPOTrainer
+from ..config import DPOConfig
+from ..reference import Reference
+from ..reference.check import ReferenceCheck
 
 logger = logging.get_logger(__name__)
+
+
+class ReferringTrainer(Protocol):
+    """What these callbacks need of a trainer."""
+
+    model_wrapped: Any
+    reference: Reference
+    reference_check: ReferenceCheck
 
 
 class MoveReference(TrainerCallback):
@@ -25,7 +33,7 @@ class MoveReference(TrainerCallback):
     epoch ends with its last step, so that a checkpoint written there needs no move to be made up for after a resume.
     """
 
-    def __init__(self, trainer: DPOTrainer):
+    def __init__(self, trainer: ReferringTrainer):
         self.trainer = trainer
 
     def on_train_begin(
@@ -68,7 +76,7 @@ class MoveReference(TrainerCallback):
 class CheckReference(TrainerCallback):
     """Looks at the end of training whether the reference is what it was (reference_check.py)."""
 
-    def __init__(self, trainer: DPOTrainer):
+    def __init__(self, trainer: ReferringTrainer):
         self.trainer = trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

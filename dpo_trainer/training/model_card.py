@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .. import __version__
+from ..config import DPOConfig
+from ..data import DataReport
 from ..models.unwrap import base_model
 from ..printable import printable
-
-if TYPE_CHECKING:
-    from ..trainer import DPOTrainer
+from ..reference import Reference
+from ..scoring.layout import Layout
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
+class DescribedRun(Protocol):
+    """What a model card says of a run: `DPOTrainer` has it."""
+
+    args: DPOConfig
+    model: Any
+    state: Any
+    reference: Reference
+    layout: Layout
+    trained_on: str
+    _tag_names: Any
+
+    @property
+    def data_reports(self) -> Mapping[str, DataReport]: ...
+
+
 def write_model_card(
-    trainer: DPOTrainer,
+    trainer: DescribedRun,
     folder: Path,
     *,
     model_name: str | None = None,
