@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .moved import keep_old_names
 from .printable import keep_logs_printable
 
 __version__ = "0.1.0"
 
 keep_logs_printable(__name__)
+keep_old_names()
 
 # Loaded when first used: importing the package loads neither torch nor transformers.
 _HOMES = {

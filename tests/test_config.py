@@ -350,7 +350,8 @@ def test_every_bounded_option_is_refused_somewhere_above():
     tested = {name for options, *_ in REFUSALS for name in options}
     assert bounded <= tested
     # Not `field.type`: HfArgumentParser replaces the annotations there, for whoever comes after it.
-    numbers = {name for name, kind in DPOConfig.__annotations__.items() if name in OWN and kind in NUMBER_TYPES}
+    kinds = {name: kind for own in DPOConfig.__mro__ for name, kind in getattr(own, "__annotations__", {}).items()}
+    numbers = {name for name in OWN if kinds[name] in NUMBER_TYPES}
     assert {"beta", "max_length", "rpo_alpha"} <= numbers
     assert numbers <= tested
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,63 +10,49 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dpo_trainer"
 
-# Left to right; what shares a place does not import from each other.
+# Left to right; what shares a place does not import from each other. Imports for types alone count too.
 ORDER: list[set[str]] = [
-    {"registry", "user_module", "batch", "sharding", "engines", "cache_folders", "versions", "printable"},
-    {"linear_check", "offloading"},
+    {"types", "registry", "user_module", "printable", "moved", "versions"},
+    {"storage"},
+    {"distributed"},
     {"data"},
-    {"varlen", "head"},
-    {"attention"},
-    {"logprobs"},
-    {"positions"},
-    {"vision", "vocabulary"},
-    {"layout"},
-    {"reference"},
-    {"losses"},
+    {"losses", "models"},
     {"metrics"},
-    {"config_checks", "engine_checks", "number_checks", "optimizer_checks"},
+    {"checkpointing"},
+    {"scoring"},
+    {"reference"},
+    {"options"},
     {"config"},
-    {"loading"},
-    {
-        "reference_check",
-        "checkpoints",
-        "fillers",
-        "micro_batches",
-        "run_state",
-        "live_settings",
-        "failures",
-        "lasting_output",
-    },
-    {
-        "signals",
-        "stopping",
-        "template_date",
-        "assembly",
-        "run_identity",
-        "run_data",
-        "run_collator",
-        "model_card",
-        "callbacks",
-        "save_checks",
-        "output_folder",
-        "best_metric",
-    },
-    {"durable"},
-    {"precompute"},
+    {"training"},
     {"trainer"},
     {"online"},
-    {"demo", "cli"},
+    {"cli", "demo"},
     {"inspection"},
     {"scripts"},
 ]
 PLACE = {part: place for place, parts in enumerate(ORDER) for part in parts}
 
+# The same inside the largest folder.
+DATA = [
+    {"errors", "processor"},
+    {"caching"},
+    {"images"},
+    {"rows"},
+    {"files", "report"},
+    {"tokens", "content"},
+    {"options"},
+    {"mapping"},
+    {"stream"},
+    {"batches", "prepare"},
+    {"__init__"},
+]
+
 # Stand to the left, and still none of their business: a loss sees two `PairLogps` and nothing else.
 FORBIDDEN = {
-    "losses": {"data", "attention", "logprobs", "layout", "reference", "config"},
-    "metrics": {"data", "attention", "logprobs", "layout", "reference"},
-    "reference": {"data", "layout"},
-    "inspection": {"assembly", "trainer", "demo"},
+    "losses": {"data"},
+    "metrics": {"data", "models"},
+    "reference": {"training"},
+    "inspection": {"trainer", "demo"},
 }
 
 
@@ -82,16 +67,6 @@ def sources() -> dict[str, str]:
     return found
 
 
-def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, also inside functions, without what only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from (inner for part in node.orelse for inner in runtime_nodes(part))
-            continue
-        yield node
-        yield from runtime_nodes(node)
-
-
 def exists(module: str) -> bool:
     path = ROOT.joinpath(*module.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
@@ -104,7 +79,7 @@ def imported(module: str, text: str) -> set[str]:
     """
     package = module.split(".")[:-1]  # `a.b.__init__` lies in package a.b, as does `a.b.c`
     found = set()
-    for node in runtime_nodes(ast.parse(text)):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -145,11 +120,11 @@ def test_every_part_has_a_place():
     ("module", "text", "found"),
     [
         ("dpo_trainer.losses.margin", "from ..config import DPOConfig", {("losses", "config")}),
-        ("dpo_trainer.types", "from .data.schema import x", {("batch", "data")}),
+        ("dpo_trainer.types", "from .data.rows.schema import x", {("types", "data")}),
         ("dpo_trainer.data.__init__", "from ..trainer import x", {("data", "trainer")}),
         ("dpo_trainer.metrics", "def f():\n    from . import trainer", {("metrics", "trainer")}),
-        ("dpo_trainer.registry", "import dpo_trainer.batch", {("registry", "batch")}),
-        ("dpo_trainer.training.model_card", "if TYPE_CHECKING:\n    from .trainer import DPOTrainer", set()),
+        ("dpo_trainer.registry", "import dpo_trainer.types", {("registry", "types")}),
+        ("dpo_trainer.scoring.head", "if TYPE_CHECKING:\n    from ..trainer import x", {("scoring", "trainer")}),
         ("dpo_trainer.losses.margin", "from .shaping import x\nimport torch", set()),
     ],
 )
@@ -168,7 +143,27 @@ def test_no_import_runs_the_wrong_way():
         wrong += [f"{module} imports from {there}" for here, there in found if runs_the_wrong_way((here, there))]
     assert wrong == []
     # Arrows that the flow consists of: had the reader lost them, the line above would prove nothing.
-    assert {("trainer", "losses"), ("assembly", "reference"), ("layout", "logprobs"), ("config", "losses")} <= seen
+    assert {("trainer", "losses"), ("training", "reference"), ("training", "scoring"), ("config", "losses")} <= seen
+
+
+def test_no_import_within_the_data_runs_the_wrong_way():
+    """From files over rows and tokens to batches."""
+    place = {part: place for place, parts in enumerate(DATA) for part in parts}
+
+    def stage(module: str) -> str | None:
+        head, _, rest = module.partition("dpo_trainer.data.")
+        return None if head else rest.split(".")[0]
+
+    wrong, seen = [], set()
+    for module, text in sources().items():
+        here = stage(module)
+        if here is None:
+            continue
+        there = {stage(name) for name in imported(module, text)} - {None, here}
+        seen |= {(here, other) for other in there}
+        wrong += [f"{module} imports from {other}" for other in there if place[other] >= place[here]]
+    assert wrong == []
+    assert {("tokens", "rows"), ("batches", "images"), ("prepare", "mapping")} <= seen
 
 
 def test_no_circle_within_a_part():

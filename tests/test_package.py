@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dpo_trainer
+from dpo_trainer.moved import MOVED
 
 ROOT = Path(__file__).parents[1]
 MODULES = [module.name for module in pkgutil.walk_packages(dpo_trainer.__path__, "dpo_trainer.")]
@@ -56,6 +57,19 @@ def test_public_names_resolve():
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'DPOTrianer'"):
         dpo_trainer.DPOTrianer  # noqa: B018
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_modules_that_were_documented_import_by_their_old_names(old):
+    sys.modules.pop(f"dpo_trainer.{old}", None)
+    with pytest.warns(DeprecationWarning, match=rf"dpo_trainer\.{old} is now dpo_trainer\.{MOVED[old][0]}"):
+        module = importlib.import_module(f"dpo_trainer.{old}")
+    for target in MOVED[old]:
+        for name, value in vars(importlib.import_module(f"dpo_trainer.{target}")).items():
+            if getattr(value, "__module__", None) == f"dpo_trainer.{target}":
+                assert getattr(module, name) is value
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 def test_there_are_modules_to_import():

@@ -532,7 +532,7 @@ def test_a_bad_row_is_named_by_its_number_in_the_dataset(num_proc):
 
 def test_bad_arguments_are_refused():
     dataset = Dataset.from_list(ROWS)
-    with pytest.raises(ValueError, match="useless_pairs must be 'drop' or 'error', got 'keep'"):
+    with pytest.raises(ValueError, match="--useless_pairs 'keep' is not one of drop, error"):
         prepare(dataset, useless_pairs="keep")
     with pytest.raises(ValueError, match=r"is a dict.*one of its splits: 'train', 'test'"):
         prepare({"train": dataset, "test": dataset})

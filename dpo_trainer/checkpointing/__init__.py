@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole, or not there.
+"""Checkpointing: a run comes in, and survives kills, signals, full disks and bad numbers (durable.py); checkpoints go out, whole or not there.
 
     with saving(final):                             # what the disk refuses becomes one clear error
         aside = fresh_aside(output_dir, final.name) # main process

@@ -1,10 +1,9 @@
-"""Rows -> pairs -> token ids -> batches.
+"""Data: files or datasets come in, batches go out.
 
-row -> Pair            schema.py, columns.py, parts.py, messages.py, conversation.py, ranking.py, implicit.py; tokenized.py
-Pair -> token ids      render.py, encode.py, ends.py, tokenize.py, truncate.py
-whole datasets         mapping.py, prepare.py, stream.py, options.py, needs.py, report.py
-images                 image_columns.py, image_source.py (_pixels, _download), image_places.py, image_text.py, image_inputs.py
-rows -> PairBatch      packs.py, collate.py, uncollate.py
+files/      names -> datasets of rows                     rows/      a row -> Pair
+images/     what an image is, its tensors                 tokens/    Pair -> TokenizedPair
+batches/    TokenizedPair -> PairBatch
+mapping.py, prepare.py, stream.py   whole datasets        report.py  what happened to their rows
 """
 
 from .batches.collate import DataCollatorForPreference

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Rows: a row of any accepted form comes in, a `Pair` goes out."""
