@@ -9,7 +9,7 @@ accelerate repeats to fill the last step included.
     step         max over ranks of the tokens of a step / mean over ranks - 1: what DDP waits, once per optimizer step
     micro-batch  the same for each micro-batch, added up over the step: what FSDP and ZeRO-3 wait, at every forward
 
-`random`, `group_by_length` and `batch_rebalance` are transformers'; `balanced` is dpo_trainer/data/sampling.py. Expect
+`random`, `group_by_length` and `batch_rebalance` are transformers'; `balanced` is dpo_trainer/data/batches/sampling.py. Expect
 `balanced` below 1 % in the mean and `random` at 15 to 40 %.
 
 Writes `benchmarks/results/imbalance.md` and `.json`. Half a minute.

@@ -50,7 +50,7 @@ FEW = 8  # rows whose truncation is changed
 # Larger is slower on a CPU: glibc gives every array above 32 MiB back at once, and the kernel clears its pages anew each
 # time. With the model's 1536 features that begins at 5,461 tokens, and costs 10 to 20 % of the time.
 PACKS = (2048, 4096, 8192, 16384, 32768)
-DEFAULT_PACK = 2048  # of --precompute_ref_max_tokens on a CPU (dpo_trainer/precompute.py)
+DEFAULT_PACK = 2048  # of --precompute_ref_max_tokens on a CPU (dpo_trainer/reference/precompute.py)
 LEAST_RATE = 0.9
 TOLERANCE = 1e-3  # nats; float32 sums of up to about 10,000 nats
 MODES = ("keep_start", "keep_end")

@@ -1,6 +1,6 @@
 """DPOTrainer: builds the parts of a run once, and hands each batch from one to the next. No arithmetic here.
 
-rows -> data/ -> PairBatch -> layout.py -> logprobs.py (policy), reference/ -> losses/ -> metrics.py
+rows -> data/ -> PairBatch -> scoring/ (policy), reference/ -> losses/ -> metrics.py
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DPOTrainer(DurableTrainer):
         args: the options; None takes every default.
         data_collator: None takes `DataCollatorForPreference` in the layout that the model allows. One of your own may
             return what other DPO libraries expect (see `PairBatch.from_completion_mask`).
-        train_dataset: rows in any form that `data/schema.py` reads, or tokenized ones: a dataset, a list of dicts, a pandas
+        train_dataset: rows in any form that `data/rows/schema.py` reads, or tokenized ones: a dataset, a list of dicts, a pandas
             DataFrame, or a path (str or Path, as --dataset_name takes it); a list of these is a mixture.
         eval_dataset: likewise, or a dict of datasets that are evaluated one by one; `evaluate(dataset)` takes raw rows too.
         processing_class: the tokenizer, or the processor of a model that sees; None loads the model's.
@@ -256,7 +256,7 @@ class DPOTrainer(DurableTrainer):
         return self.model
 
     def _make_data(self, model: nn.Module) -> Any:
-        """Whoever makes rows of the datasets of this run ready (run_data.py)."""
+        """Whoever makes rows of the datasets of this run ready (training/datasets.py)."""
         return RunData(self.args, self.processing_class, self._needs(model), self.template_date)
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
@@ -361,7 +361,7 @@ class DPOTrainer(DurableTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step = partial(self._step_of_part, model, num_items_in_batch)
-        return step_through(step, inputs, self.accelerator, model)  # micro_batches.py
+        return step_through(step, inputs, self.accelerator, model)  # training/micro_batches.py
 
     def _step_of_part(self, model: nn.Module, num_items_in_batch: Any, inputs: dict[str, Any]) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
@@ -385,10 +385,10 @@ class DPOTrainer(DurableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ):
         """One line per stage; the comment is the module to read next."""
-        batch = self.layout.settle(model, PairBatch.from_inputs(inputs))  # batch.py, layout.py
+        batch = self.layout.settle(model, PairBatch.from_inputs(inputs))  # types.py, scoring/layout.py
         if model.training:
-            self.reference_check.begin(model, batch, untrained=not self.state.global_step)  # reference_check.py
-        policy = self.scorer(model, batch)  # logprobs.py
+            self.reference_check.begin(model, batch, untrained=not self.state.global_step)  # reference/check.py
+        policy = self.scorer(model, batch)  # scoring/logprobs.py
         reference = self.reference.logps(model, batch)  # reference/
         losses = self.objective(  # losses/  [N]
             policy,

@@ -378,7 +378,7 @@ def attributes_read(text: str) -> set[str]:
 
 def names_read() -> set[str]:
     """Every option that code in the package reads, checks aside: as an attribute, or as the argument of a loss."""
-    checks = {"config.py", "config_checks.py", "check.py"}
+    checks = {"config.py", "options/run.py", "check.py"}
     read = {
         name
         for path in (ROOT / "dpo_trainer").rglob("*.py")

@@ -1,8 +1,8 @@
 """DurableTrainer: a run that survives kills, signals, full disks and bad numbers. Knows nothing of preferences.
 
-Checkpoints are whole or not there (checkpoints/); a resumed run is the run that was interrupted, or is refused
+Checkpoints are whole or not there (folders.py, manifest.py); a resumed run is the run that was interrupted, or is refused
 (run_state.py); before each optimizer step all ranks agree that its numbers are finite and that nobody was told to stop
-(failures.py).
+(step_guard.py, step_watch.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Online DPO: prompts -> sampled completions -> feedback -> pairs, and then `DPOTrainer` as it is.
 
-prompts.py, generation.py -> samples.py -> feedback.py: rewards.py, reward_model.py; judges.py (rules, LLM, pair model)
+prompts.py, sampling/ -> samples.py -> feedback/: rewards.py, reward_model.py; judges.py (rules, LLM, pair model)
 rollout.py (pairing.py, metrics.py), rounds.py -> trainer.py    completions.py, win_rate.py -> callbacks.py
 """
 

@@ -1,6 +1,6 @@
 """OnlineDPOTrainer: prompts -> sampled completions -> feedback -> pairs; from there on it is `DPOTrainer`.
 
-prompts.py -> rollout.py: generation.py, feedback.py (rewards, judges), pairing.py -> the collator, losses and metrics of DPO
+prompts.py -> rollout.py: sampling/, feedback/ (rewards, judges), pairing.py -> the collator, losses and metrics of DPO
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Layout:
         self.counted = counted
         (self.scorer, _), *self.references = scored
         self.settled = False
-        self.collators: list[Any] = []  # that follow a change of the layout (run_collator.py)
+        self.collators: list[Any] = []  # that follow a change of the layout (training/collator.py)
         reasons = [reason, *(reason_for_padding(*own) for own in scored)]
         reason = next((r for r in reasons if r), None)
         name = type(base_model(scored[0][1])).__name__

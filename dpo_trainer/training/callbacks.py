@@ -74,7 +74,7 @@ class MoveReference(TrainerCallback):
 
 
 class CheckReference(TrainerCallback):
-    """Looks at the end of training whether the reference is what it was (reference_check.py)."""
+    """Looks at the end of training whether the reference is what it was (reference/check.py)."""
 
     def __init__(self, trainer: ReferringTrainer):
         self.trainer = trainer

@@ -1,6 +1,6 @@
 """A device batch in parts that keep to a budget of tokens: each is a forward and a backward of its own.
 
-The collator cuts (data/collate.py), and the gradients of the parts add up to those of the batch. Where the
+The collator cuts (data/batches/collate.py), and the gradients of the parts add up to those of the batch. Where the
 engine allows, ranks exchange them with the last part alone; DeepSpeed makes its step there.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from whole_run import of_another_library, waits_of_steps
 
-VERDICT = "tolist in dpo_trainer/failures.py, verdict"
+VERDICT = "tolist in dpo_trainer/checkpointing/step_watch.py, verdict"
 
 ORDINARY = {
     "default": {},

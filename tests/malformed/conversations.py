@@ -101,7 +101,7 @@ ROLES = {
     ),
 }
 
-CALLS = "data/messages.py: passed on unseen, and most templates then write nothing of it"
+CALLS = "data/rows/messages.py: passed on unseen, and most templates then write nothing of it"
 ONLY_TEXT = "Only parts of type 'text'"
 
 MESSAGES = {

@@ -208,7 +208,7 @@ def splits(prompt, chosen, rejected):
 
 
 FLAG = "🏴\U000e0067\U000e0062"
-INSIDE = "data/implicit.py: parts what is one sign on the screen"
+INSIDE = "data/rows/implicit.py: parts what is one sign on the screen"
 
 SPLITS = {
     "between joined emoji": splits("ok", " 👩\u200d🚀 go", " 👩\u200d🔬 go"),

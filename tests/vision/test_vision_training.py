@@ -422,7 +422,7 @@ def test_evaluation_is_the_same_in_both_layouts(plain, tmp_path):
     assert abs(lines[0]["eval_loss"] - math.log(2)) > 1e-3  # the model is not its reference
 
 
-# llava, qwen2_vl and gemma3 are saved under other names of weights than they have in memory (checkpoints/weights.py).
+# llava, qwen2_vl and gemma3 are saved under other names of weights than they have in memory (checkpointing/weights.py).
 RESUMED = ["qwen3_vl", "idefics3", "llava", "qwen2_vl", "gemma3"]
 
 
