@@ -496,7 +496,7 @@ def test_what_cannot_be_removed_is_told(tmp_path, monkeypatch, caplog):
 TWO_CONTENTS = textwrap.dedent("""
     import os, sys
     from pathlib import Path
-    from dpo_trainer.checkpoints import fresh_aside, publish, saving, seal
+    from dpo_trainer.checkpointing import fresh_aside, publish, saving, seal
 
     def save(output_dir, step, value):
         final = output_dir / f"checkpoint-{step}"
@@ -596,7 +596,7 @@ WRITERS = textwrap.dedent("""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
-    from dpo_trainer.checkpoints import CheckpointError, broken_file, fresh_aside, publish, saving, seal
+    from dpo_trainer.checkpointing import CheckpointError, broken_file, fresh_aside, publish, saving, seal
 
     output_dir = Path(sys.argv[1])
     # 4 MB and more each, on a disk of 2 MB, or with files of at most 0.3 MB.

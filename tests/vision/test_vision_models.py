@@ -446,7 +446,7 @@ def test_the_check_has_words_where_prompts_are_images_alone(fresh):
     ids, _ = made.layout.images.probe
     alone = [n for n in ids if n in made.layout.images.text.image_ids]
     row = dataclasses.replace(read_row(made.train_dataset[0], 0), prompt_ids=alone)
-    assert all(short.prompt_ids for short in dpo_trainer.layout._short([row], made.layout.images))
+    assert all(short.prompt_ids for short in dpo_trainer.scoring.layout._short([row], made.layout.images))
 
 
 def test_layout_flat_is_refused_where_it_would_be_wrong(monkeypatch, tmp_path):
