@@ -7,6 +7,7 @@ from dpo_trainer import OnlineDPOConfig, OnlineDPOTrainer, register_judge
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .moved import keep_old_names
@@ -16,6 +17,8 @@ __version__ = "0.1.0"
 
 keep_logs_printable(__name__)
 keep_old_names()
+# accelerate and peft import bitsandbytes for every run, which then warns of a kernel that only 4-bit layers on a CPU would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Loaded when first used: importing the package loads neither torch nor transformers.
 _HOMES = {

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dpo_trainer.checkpointing.saving import refused_by_disk
 from dpo_trainer.cli.errors import OneMessage
 from dpo_trainer.data.files.datasets import load_dataset_splits
+from dpo_trainer.inspection.arguments import InspectionArguments
 from dpo_trainer.models.load import load_processing_class, load_tokenizer
 from dpo_trainer.online.feedback.protocol import FeedbackUnavailable
 from dpo_trainer.printable import printable_lines
@@ -110,7 +111,7 @@ def test_scripts_end_with_one_line(script, tmp_path):
         text=True,
         timeout=300,
     )
-    said = [line for line in done.stderr.splitlines() if line and "kernels" not in line]
+    said = [line for line in done.stderr.splitlines() if line]
     assert said == [f"{script}: There is no dataset file or folder 'no.jsonl'."]
     assert done.returncode == 1
 
@@ -249,3 +250,10 @@ def test_markdown_of_names():
     assert fenced("x\n```\ny") == "````\nx\n```\ny\n````"
     assert in_cell("a|b <i> `c`\n") == "a\\|b \\<i\\> \\`c\\`\\\\n"
     assert printable_lines("a\tb\n\x07") == "a\tb\n\\x07"
+
+
+def test_an_inspection_refuses_a_folder_that_cannot_be_one(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for name, problem in {"": "is empty", str(tmp_path / "file"): "is a file"}.items():
+        with pytest.raises(ValueError, match=rf"^--output_dir .*{problem}"):
+            InspectionArguments(output_dir=name)

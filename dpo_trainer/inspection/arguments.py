@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 
 from ..cli import ModelArguments, ScriptArguments, parse_args
 from ..config import DPOConfig
+from ..storage.folders import check_folder
 
 
 @dataclass
@@ -26,6 +27,7 @@ class InspectionArguments:
     )
 
     def __post_init__(self):
+        check_folder("--output_dir", self.output_dir)
         if self.show < 0:
             raise ValueError(f"--show must be 0 or more, got {self.show}.")
         if self.max_rows is not None and self.max_rows < 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..printable import printable
+from ..storage.folders import write_text
 from .chapters import chapters
 from .findings import findings
 from .plots import plots
@@ -17,7 +18,7 @@ TEMPLATE = "page.html"
 
 
 def write_page(found: Inspection, path: Path) -> None:
-    path.write_text(page(found), encoding="utf-8")
+    write_text(path, page(found))
 
 
 def page(found: Inspection) -> str:

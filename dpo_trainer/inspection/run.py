@@ -20,6 +20,7 @@ from ..data.tokens.dates import dated
 from ..data.tokens.encode import eos_token_id
 from ..models.load import load_processing_class
 from ..printable import printable
+from ..storage.folders import write_text
 from ..training.template_date import settle_date
 from .arguments import InspectionArguments
 from .collect import Collection
@@ -56,7 +57,7 @@ def run(arguments: InspectionArguments, script: ScriptArguments, model: ModelArg
 def write(found: Inspection, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     numbers = json.dumps(found.to_json(), indent=1, allow_nan=False)
-    (folder / "inspection.json").write_text(numbers + "\n", encoding="utf-8")
+    write_text(folder / "inspection.json", numbers + "\n")
     write_page(found, folder / "index.html")
     return folder
 

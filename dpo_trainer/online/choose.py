@@ -120,7 +120,7 @@ def choose_feedback(args: OnlineDPOConfig, *, judge: Any, rewards: Any, tokenize
         raise ValueError("A judge and rewards both say which completion is better: give one of the two.")
     if judge is None and not found:
         raise ValueError(
-            "Nobody says which completion is better: name a judge (--judge), a reward model (--reward_model_path) or reward "
+            "No judge or reward was given: name a judge (--judge), a reward model (--reward_model_path) or reward "
             "functions (--reward_module, reward_funcs)."
         )
     if judge is not None:

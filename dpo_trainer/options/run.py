@@ -4,9 +4,7 @@ among them, and what is filled in."""
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +12,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import is_liger_kernel_available
 
-from ..printable import printable
 from ..registry import check_at_least, choices
+from ..storage.folders import check_folder
 
 
 @dataclass
@@ -125,7 +123,8 @@ def check_run_options(config: RunOptions) -> None:
     """What can be known before `TrainingArguments` has read its options."""
     for name in ("pad_to_multiple_of", "max_tokens_per_micro_batch"):
         check_at_least(1, name, getattr(config, name))
-    check_output_dir(config)
+    if config.output_dir is not None:
+        check_folder("--output_dir", config.output_dir)
     check_nonfinite(config)
 
 
@@ -133,36 +132,6 @@ def fill_in(config: RunOptions) -> None:
     resolve_checkpointing(config)
     resolve_precision(config)
     resolve_transfers(config)
-
-
-def check_output_dir(config: RunOptions) -> None:
-    """A name that no folder can have, or that something else has."""
-    given = config.output_dir
-    if given is None:
-        return
-    shown = f"--output_dir {printable(given)!r}"
-    if not given.strip():
-        raise ValueError(f"{shown} is empty: name a folder, such as out.")
-    if "\0" in given or not _is_utf8(given):
-        raise ValueError(
-            f"{shown} is not UTF-8, or holds a NUL: files with weights cannot have such a name. Give another."
-        )
-    folder = Path(given).expanduser()
-    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
-    if there.is_symlink() and not there.exists():
-        raise ValueError(
-            f"{shown}: {there} is a link to {there.readlink()}, which is not there. Make that folder, or give another."
-        )
-    if there.exists() and not there.is_dir():
-        raise ValueError(f"{shown}: {there} is a file. Give a folder.")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_nonfinite(config: RunOptions) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import xxhash
 
+from ..printable import printable
+
 BLOCK = 8 << 20
 """Bytes that are read at a time."""
 
@@ -138,3 +140,34 @@ def listing(folder: Path) -> str:
         return "it is empty"
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return f"it holds {', '.join(names[:6])}{more}"
+
+
+def check_folder(flag: str, given: str) -> None:
+    """Refuse a name that no folder can have, or that something else has.
+
+    Raises:
+        ValueError: names the flag, the value and what is there.
+    """
+    shown = f"{flag} '{printable(given)}'"
+    if not given.strip():
+        raise ValueError(f"{shown} is empty: name a folder, such as out.")
+    if "\0" in given or not _is_utf8(given):
+        raise ValueError(
+            f"{shown} is not UTF-8, or holds a NUL: files with weights cannot have such a name. Give another."
+        )
+    folder = Path(given).expanduser()
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if there.is_symlink() and not there.exists():
+        raise ValueError(
+            f"{shown}: {there} is a link to {there.readlink()}, which is not there. Make that folder, or give another."
+        )
+    if there.exists() and not there.is_dir():
+        raise ValueError(f"{shown}: {there} is a file. Give a folder.")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

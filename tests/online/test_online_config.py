@@ -320,8 +320,8 @@ def test_a_reward_model_gets_its_tokenizer(reward_model):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({}, "Nobody says which completion is better: name a judge (--judge), a reward model"),
-        ({"rewards": []}, "Nobody says which completion is better"),
+        ({}, "No judge or reward was given: name a judge (--judge), a reward model"),
+        ({"rewards": []}, "No judge or reward was given"),
         ({"passed": Mine(), "judge": "random"}, "A judge was passed to the trainer, and --judge random names another"),
         ({"passed": Mine(), "rewards": [short]}, "A judge and rewards both say which completion is better"),
         ({"judge": "random", "rewards": short}, "A judge and rewards both say which completion is better"),
