@@ -478,9 +478,12 @@ def test_a_reference_is_named_by_a_digest(tmp_path):
 # --- several processes ---
 
 PROCESS = f"""
-import logging, pathlib, sys
-sys.path.insert(0, {str(Path(cache.__file__).parents[1])!r})
-from cache import Record, Store
+import logging, pathlib, sys, types
+sys.path.insert(0, {str(Path(cache.__file__).parents[3])!r})
+# The package around it loads torch, which takes seconds: the cache itself does without.
+reference = sys.modules["dpo_trainer.reference"] = types.ModuleType("dpo_trainer.reference")
+reference.__path__ = [{str(Path(cache.__file__).parents[1])!r}]
+from dpo_trainer.reference.cache import Record, Store
 assert "torch" not in sys.modules
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import hashlib, numpy as np

@@ -206,7 +206,7 @@ WRITER = """
 import os
 import sys
 from pathlib import Path
-from dpo_trainer.online.verdict_cache import VerdictCache, verdict_key
+from dpo_trainer.online.feedback.verdict_cache import VerdictCache, verdict_key
 cache, name = VerdictCache(Path(sys.argv[1])), sys.argv[2 + int(os.environ["RANK"])]
 for number in range(30):
     cache.put(verdict_key(name, number), "B", name)

@@ -628,7 +628,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
 def test_fingerprints_are_those_of_any_process():
     """Sets of words come in another order there."""
     code = (
-        "import zoo\nfrom dpo_trainer.data.image_source import ImageAccess\nfrom dpo_trainer.data.image_text import ImageText\n"
+        "import zoo\nfrom dpo_trainer.data.images.source import ImageAccess\nfrom dpo_trainer.data.images.text import ImageText\n"
         "for family in ('qwen2_vl', 'idefics3'):\n    print(ImageText(zoo.ZOO[family]()[1], ImageAccess()).fingerprint)"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "vision")])}
