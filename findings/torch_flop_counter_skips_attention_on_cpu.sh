@@ -2,7 +2,7 @@
 # torch 2.13.0: FlopCounterMode and scaled_dot_product_attention on the CPU.
 #
 # Expected: the FLOPs of its two products, as the counter gives them for the same call with the MATH backend.
-# Seen:     0, without a word: the operator that the CPU takes by default has no formula.
+# Seen:     0 with the backend that the CPU takes by default, without a word.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
