@@ -3,9 +3,9 @@
 #
 #   sbatch accelerate_configs/slurm.sh scripts/configs/full.yaml --output_dir out/full
 #
-# --output_dir must be on a disk that all machines share. Five minutes before the time is over the run is told to finish its step, save
-# and stop, and the job is queued again. The launcher leaves it 30 s for that; where a step and a save take longer, what
-# counts is --save_steps. Whatever ended it, the same command goes on from the newest whole checkpoint.
+# --output_dir must be on a disk that all machines share. Five minutes before the time limit, the run gets a signal: it finishes its step,
+# saves and stops, and the job is queued again. The launcher gives it 30 s. If a step and a save take longer, the run resumes from
+# the last checkpoint of --save_steps. After any end, the same command resumes from the newest complete checkpoint.
 #
 #SBATCH --job-name=dpo
 #SBATCH --nodes=2
@@ -17,11 +17,11 @@
 #SBATCH --open-mode=append
 
 set -euo pipefail
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # else workers that are started again look for the dead ones (torch 2.13)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # else restarted workers look for dead ones (torch 2.13)
 gpus=8
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# CONFIG=accelerate_configs/fsdp2.yaml sbatch ... takes another engine.
+# CONFIG=accelerate_configs/fsdp2.yaml sbatch ... uses another engine.
 srun --kill-on-bad-exit=0 accelerate launch \
     --config_file "${CONFIG:-accelerate_configs/multi_node.yaml}" \
     --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$((SLURM_JOB_NUM_NODES * gpus))" \
@@ -29,13 +29,13 @@ srun --kill-on-bad-exit=0 accelerate launch \
     scripts/dpo.py "$@" --resume_from_checkpoint auto &
 job=$!
 
-# USR1 comes to this shell alone. As TERM, srun passes it on to the launchers, and these to their workers.
+# Only this shell gets USR1. It sends TERM to srun, which passes it to the launchers, and these to their workers.
 stopping=
 trap 'stopping=1; kill -TERM "$job"' USR1
 code=0
 wait "$job" || code=$?
 if [ -n "$stopping" ]; then
-    wait "$job" || true   # the trap ended the first wait; saving takes its time
+    wait "$job" || true   # the trap ended the first wait; saving may take a while
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

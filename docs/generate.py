@@ -3,7 +3,7 @@
     python docs/generate.py            rewrite the pages that are stale, and name them
     python docs/generate.py --check    change nothing; exit with 1 and name them
 
-A region stands between `<!-- generated: NAME -->` and `<!-- end -->`; what is written inside by hand is lost.
+A region stands between `<!-- generated: NAME -->` and `<!-- end -->`. The generator overwrites hand-written text inside it.
 """
 
 from __future__ import annotations
@@ -38,45 +38,45 @@ from dpo_trainer.versions import CONFLICTS  # noqa: E402
 REGION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 
 METRIC_MEANINGS = {
-    "loss": "the objective with all its terms, mean over pairs (by `weight`, where the data has one)",
-    "rewards/chosen": "`beta` times how much likelier the chosen completion is than under the reference",
-    "rewards/rejected": "the same of the rejected completion",
+    "loss": "the objective with all its terms, mean over pairs (weighted by the column `weight`, if the data has it)",
+    "rewards/chosen": "`beta` times (policy log-prob minus reference log-prob) of the chosen completion",
+    "rewards/rejected": "the same for the rejected completion",
     "rewards/accuracies": "share of pairs whose chosen reward is above the rejected one",
     "rewards/margins": "chosen reward minus rejected reward",
     "logps/chosen": "log-prob of the chosen completion, nats, summed over its tokens",
-    "logps/rejected": "the same of the rejected completion",
-    "logits/chosen": "mean logit over the vocabulary, at the tokens of chosen completions",
-    "logits/rejected": "the same at the tokens of rejected completions",
-    "entropy": "of the predicted distribution, nats, mean over all completion tokens",
-    "mean_token_accuracy": "share of chosen completion tokens that are the model's first choice",
-    "nll_loss": "negative log-likelihood of chosen, nats per token, mean over completions",
+    "logps/rejected": "the same for the rejected completion",
+    "logits/chosen": "mean logit over the vocabulary, at the scored tokens of chosen completions",
+    "logits/rejected": "the same at the scored tokens of rejected completions",
+    "entropy": "entropy of the predicted distribution, nats, mean over all completion tokens",
+    "mean_token_accuracy": "share of chosen completion tokens that the model ranks first",
+    "nll_loss": "negative log-likelihood of the chosen completion, nats per token, mean over completions",
     "aux_loss": "load-balancing loss of a mixture-of-experts model; only where it is part of the objective",
-    "num_tokens": "tokens computed since the start of the run, over all ranks; goes on after a resume",
-    "tokens_per_second": "of training since the last line, evaluation left out",
+    "num_tokens": "tokens computed since the start of the run, over all ranks; a resumed run continues the count",
+    "tokens_per_second": "tokens computed per second of training since the last log line, without evaluation",
 }
-"""What the log line shows: those of `METRICS`, and the two that `DPOTrainer.log` adds."""
+"""Meaning of each logged metric: those of `METRICS`, and the two that `DPOTrainer.log` adds."""
 
 ONLINE_MEANINGS = {
-    "objective/kl": "log-prob under the policy minus under the reference, nats per completion: an estimate of the KL divergence",
-    "objective/entropy": "of the policy at each completion token, nats",
-    "objective/scores": "score of a completion, after `--missing_eos_penalty`, mean over all that were sampled",
+    "objective/kl": "log-prob under the policy minus log-prob under the reference, nats per completion: an estimate of the KL divergence",
+    "objective/entropy": "entropy of the policy at each completion token, nats",
+    "objective/scores": "score of a completion, after `--missing_eos_penalty`, mean over all sampled completions",
     "objective/scores_margin": "best minus worst score of a prompt",
-    "val/contain_eos_token": "share of completions that ended by themselves",
-    "completions/length": "tokens of a completion",
-    "tie_rate": "share of prompts whose completions all have one score: nothing is learnt from them",
+    "val/contain_eos_token": "share of completions that ended with an end token",
+    "completions/length": "mean number of tokens of a completion",
+    "tie_rate": "share of prompts whose completions all have the same score: they do not train the model",
     "failed_rate": "share of prompts with fewer than two judged completions: not trained on",
     "staleness": "optimizer steps between sampling and training (`--generate_every`)",
-    "win_rate": "evaluation: how often a sampled answer beats the reference's, ties count half",
+    "win_rate": "evaluation: how often a sampled answer beats the answer of the reference; a tie counts half",
     "scores/reference": "evaluation: score of the reference's answers",
     "objective/non_score_reward": "minus `beta` times objective/kl",
-    "objective/rlhf_reward": "objective/scores plus that: what RLHF maximises",
-    "scores/NAME": "of each reward by itself, before its weight",
-    "JUDGE/NAME": "what judge or rewards count, since the start: calls, failures, cost",
-    "beta": "of the epoch at hand",
-    "sampling/tokens_per_second": "sampled on this process",
-    "sampling/share_of_time": "of the time since the last line, generation alone",
+    "objective/rlhf_reward": "objective/scores plus objective/non_score_reward: the quantity that RLHF maximises",
+    "scores/NAME": "score of one reward, before its weight is applied",
+    "JUDGE/NAME": "counts of the judge or rewards since the start of the run: calls, failures, cost",
+    "beta": "the beta of the current epoch",
+    "sampling/tokens_per_second": "tokens sampled per second on this process",
+    "sampling/share_of_time": "share of the time since the last log line that generation took",
 }
-"""What online DPO adds to it."""
+"""Meaning of the metrics that online DPO adds."""
 
 
 # --- the regions ---
@@ -148,7 +148,7 @@ def script_options() -> str:
 
 
 def speed() -> str:
-    """The measured comparison, one row per record that `benchmarks/beside_trl.py` wrote."""
+    """The measured comparison as a table, one row per record that `benchmarks/beside_trl.py` wrote."""
     records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     records = [record for record in records if {"summary", "settings", "loss_difference"} <= set(record)]
     if not records:
@@ -181,7 +181,7 @@ def speed() -> str:
     ]
     settings = first["settings"]
     caption = (
-        f"Pairs per CPU second and peak memory of the process, beside TRL in one run on the same rows: {first['date']}, "
+        f"Pairs per CPU second and peak memory of the process, compared with TRL in one run on the same rows: {first['date']}, "
         f"{first['machine']['cpu']}, {settings['threads']} thread, float32, batch "
         f"{settings['arguments']['per_device_train_batch_size']}, `max_length` {settings['arguments']['max_length']}, "
         f"a Qwen2 of {next(run['parameters'] for run in first['runs']) / 1e6:.0f} M parameters. The last column is the "
@@ -235,7 +235,7 @@ REGIONS: dict[str, Callable[[], str]] = {
 }
 
 
-# --- how they are written ---
+# --- formatting ---
 
 
 def builtin_losses() -> list[str]:
@@ -319,7 +319,7 @@ def stale(root: Path = ROOT) -> dict[Path, str]:
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a page is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is stale")
     check = parser.parse_args(argv).check
     found = stale(root)
     for page, text in found.items():
