@@ -28,8 +28,8 @@ from .config import DPOConfig
 from .data import FEATURES, FilledStream, Needs, RepeatedStream, check_tokenizer
 from .data.batches.padding_rows import refuse_empty_rounds, unweigh_fillers
 from .data.content import dataset_digest
-from .data.files.files import AnyDataset
-from .data.files.given import Rows, is_rows
+from .data.files.dataset_inputs import Rows, is_rows
+from .data.files.local_files import AnyDataset
 from .data.images.source import IMAGES
 from .data.tokens.encode import can_be_saved
 from .distributed.engine_checks import check_engine, check_placement

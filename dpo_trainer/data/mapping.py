@@ -16,9 +16,9 @@ from .content import content_id
 from .images.source import encoded, images_of
 from .images.text import ImageText
 from .report import RowFacts, labelled
-from .rows.columns import TOKENIZED, announce_unread, check_columns, is_tokenized
+from .rows.column_kinds import kinds_of_batch
+from .rows.column_names import TOKENIZED, announce_unread, check_columns, is_tokenized
 from .rows.image_places import check_none_is_shown
-from .rows.kinds import kinds_of_batch
 from .rows.schema import pair_from_row, weight_from_row
 from .rows.tokenized import example_id_from_row, ids_from_row
 from .tokens.encode import eos_token_id, tokenizer_fingerprint

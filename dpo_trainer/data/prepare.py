@@ -15,16 +15,16 @@ from datasets import Dataset, Features, IterableDataset
 from ..types import Flag, PairIds
 from .caching import map_cached
 from .content import content_id
-from .images.columns import alike, beside, image_columns, undecoded
+from .images.image_columns import alike, beside, image_columns, undecoded
 from .images.source import images_of
 from .images.text import ImageText
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
 from .options import DataOptions
 from .processor import text_tokenizer
 from .report import USELESS, DataReport, RowFacts
-from .rows.columns import announce_unread, check_columns, compared_columns, read_columns
-from .rows.kinds import kinds_of_features
-from .rows.needs import Needs
+from .rows.column_kinds import kinds_of_features
+from .rows.column_names import announce_unread, check_columns, compared_columns, read_columns
+from .rows.requirements import Needs
 from .stream import prepare_stream, warn_of_templated
 from .tokens.dates import dated
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from datasets import Features, IterableDataset
 
-from .images.columns import undecoded
+from .images.image_columns import undecoded
 from .mapping import BATCH, FEATURES, NOTES, STREAMED_IMAGES, PairMapper, facts_of
 from .options import DataOptions
 from .report import DataReport
-from .rows.columns import announce_unread, check_columns, compared_columns, read_columns
-from .rows.kinds import kinds_of_features
-from .rows.needs import Needs
+from .rows.column_kinds import kinds_of_features
+from .rows.column_names import announce_unread, check_columns, compared_columns, read_columns
+from .rows.requirements import Needs
 
 logger = logging.getLogger(__name__)
 

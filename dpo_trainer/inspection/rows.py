@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..data.images.text import ImageText
 from ..data.mapping import given_ids
-from ..data.rows.columns import is_tokenized
+from ..data.rows.column_names import is_tokenized
 from ..data.rows.schema import form_of, pair_from_row, weight_from_row
 from ..data.tokens.tokenize import tokenize_pairs
 from ..data.tokens.truncate import Limits

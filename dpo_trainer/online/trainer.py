@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import logging
 
 from ..data.batches.padding_rows import unweigh_fillers
-from ..data.files.given import Rows
+from ..data.files.dataset_inputs import Rows
 from ..data.stream import FILLER_ID
 from ..data.tokens.dates import dated
 from ..data.tokens.tokenize import tokenize_prompts

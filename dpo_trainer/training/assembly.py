@@ -17,7 +17,7 @@ from ..data.images.inputs import ImageInputs
 from ..data.images.text import ImageText
 from ..distributed.engines import cuts_weights
 from ..losses import Objective
-from ..models.adapter_kinds import refuse_adapter_kind
+from ..models.adapter_types import refuse_adapter_kind
 from ..models.adapters import (
     apply_peft,
     compute_as_in_training,

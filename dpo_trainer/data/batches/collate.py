@@ -20,7 +20,7 @@ from ...types import MICRO_BATCHES, ImageBatch, Segments, TokenizedPair
 from ..content import completion_keys
 from ..images.inputs import ImageInputs
 from ..images.source import images_of
-from ..rows.columns import PREPARED, TOKENIZED
+from ..rows.column_names import PREPARED, TOKENIZED
 from ..rows.schema import weight_from_row
 from ..rows.tokenized import example_id_from_row, ids_from_row
 from .packs import check_fits, even_places, flat_size, packed_places, padded_size, rounded_up

@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ...storage.folders import damage, is_sealed, written_whole
-from ..rows.columns import PREPARED, TOKENIZED
+from ..rows.column_names import PREPARED, TOKENIZED
 from .column_types import JSON, as_array, column_type, has_floats, holds_nan, wider
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ...types import Message, Pair
 from ..errors import bad
+from .column_aliases import columns_option
 from .implicit import split_messages
 from .messages import image_count, read_messages, roles_are_renamed, without_none, words_of
-from .other_names import columns_option
-from .parts import Parts
+from .row_fields import Parts
 
 OURS = {
     *(set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}),

@@ -24,12 +24,12 @@ from typing import Any
 from ...types import Pair
 from ..errors import bad
 from ..images.source import images_of
-from .columns import OPTIONS, is_tokenized
+from .column_names import OPTIONS, is_tokenized
 from .conversation import pair_of_messages
 from .implicit import split_texts
 from .messages import without_none
-from .parts import Parts, find_parts, is_ranked
 from .ranking import is_number
+from .row_fields import Parts, find_parts, is_ranked
 
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
 """Of a row that counts. float32 goes from 1e-38 to 3e38: room for sums over many rows, and for their products with losses."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...types import ONE_PAIR, PairIds, Preferred, Stretch
 from ..errors import bad
-from .columns import TOKENIZED
+from .column_names import TOKENIZED
 from .ranking import is_number
 
 

@@ -16,9 +16,9 @@ from ..images.text import ImageText
 from ..rows.implicit import shared_length
 from ..rows.messages import is_blank
 from .encode import encode_from_one_head
-from .ends import Ends
 from .render import Rendered, control_tokens, render, render_prompt
 from .rendering import completion_name
+from .special_tokens import Ends
 
 
 def tokenize_pairs(

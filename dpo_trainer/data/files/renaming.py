@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from datasets import Dataset, IterableDataset
 
 from ...registry import did_you_mean
-from ..rows.columns import PREPARED, READ
+from ..rows.column_names import PREPARED, READ
 from .origin import name_of
 
 logger = logging.getLogger(__name__)

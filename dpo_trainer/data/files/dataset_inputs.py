@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from ..rows.columns import PAIR, PROMPTS, RANKED
+from ..rows.column_names import PAIR, PROMPTS, RANKED
 from .column_types import as_array, column_type, holds_nan
-from .files import AnyDataset
-from .find import load_splits
+from .local_files import AnyDataset
+from .locate import load_splits
 
 Rows: TypeAlias = "Dataset | IterableDataset | Sequence[Mapping[str, Any]] | str | Path | Any"
 """A dataset, or what `datasets_of` makes one of (Any: a `pandas.DataFrame`, which need not be installed)."""

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from ...types import Preferred
 from ..errors import bad
-from .columns import PAIR, PROMPTS, check_columns
-from .kinds import kinds_of_values
-from .other_names import refuse_lost_prompt
+from .column_aliases import refuse_lost_prompt
+from .column_kinds import kinds_of_values
+from .column_names import PAIR, PROMPTS, check_columns
 from .ranking import against_each, ranked
 
 
