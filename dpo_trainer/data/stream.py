@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 1000
 """A stream whose first rows are all useless is refused after this many: it would be read to its end for nothing."""
 
-FILLER_ID = -(2**63)
+PADDING_ROW_ID = -(2**63)
 """The `example_id` of a row that only fills a batch. Rows of a stream are named by a hash, which is never negative."""
 
 
@@ -143,7 +143,7 @@ class FilledStream(torch.utils.data.IterableDataset):
         if not count:
             refuse_empty_stream()
         for _ in range(-count % self.rows_of_all_ranks):
-            yield {**row, "example_id": FILLER_ID, "weight": 0.0}
+            yield {**row, "example_id": PADDING_ROW_ID, "weight": 0.0}
 
 
 class RepeatedStream(torch.utils.data.IterableDataset):

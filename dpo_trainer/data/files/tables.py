@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
-from ...storage.folders import damage, is_sealed, written_whole
+from ...storage.folders import atomic_write, damage, is_sealed
 from ..rows.column_names import PREPARED, TOKENIZED
 from .column_types import JSON, as_array, column_type, has_floats, holds_nan, wider
 
@@ -101,7 +101,7 @@ def _write(rows: Iterator[dict[str, Any]], types: dict[str, pa.DataType], path: 
     about: dict[str, int] = {"rows": 0}
     try:
         with (
-            written_whole(path, about) as part,
+            atomic_write(path, about) as part,
             pa.OSFile(str(part), "wb") as stream,
             pa.ipc.new_stream(stream, schema) as writer,
         ):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...storage.folders import written_whole
+from ...storage.folders import atomic_write
 from ...types import ImageBatch, ImageTensors, ModelSight, PairIds, TokenizedPair
 from ..errors import clean
 from .source import ImageSource
@@ -226,7 +226,7 @@ def _read(path: Path) -> ImageTensors | None:
 
 def _write(path: Path, image: ImageTensors) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in image.tensors.items()}
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         save_file(tensors, part, metadata={"digest": f"{image.digest.hex()}:{_checksum(tensors)}"})
 
 
