@@ -87,7 +87,7 @@ class PairMapper:
         where = [f"Row {number} of {self.label}" for number in numbers]
         own_ids: list[int | None] = [None] * len(rows)
         if is_tokenized(batch):
-            ids = [given_ids(row, at, self.images) for row, at in zip(rows, where, strict=True)]
+            ids = [ids_of_tokenized_row(row, at, self.images) for row, at in zip(rows, where, strict=True)]
             own_ids = [example_id_from_row(row, at) for row, at in zip(rows, where, strict=True)]
         else:
             ids = self._tokenize(rows, where)
@@ -152,7 +152,7 @@ class PairMapper:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
-def given_ids(row: Mapping[str, Any], where: str, images: ImageText | None) -> PairIds:
+def ids_of_tokenized_row(row: Mapping[str, Any], where: str, images: ImageText | None) -> PairIds:
     """Of a row that is tokens already, perhaps with the images of its prompt beside."""
     ids, shown = ids_from_row(row, where), images_of(row, where)
     if images is None:

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, IterableDataset
 from ..types import Flag, PairIds
 from .caching import map_cached
 from .content import content_id
-from .images.image_columns import alike, beside, image_columns, undecoded
+from .images.image_columns import beside, image_columns, same_image_types, undecoded
 from .images.source import images_of
 from .images.text import ImageText
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
@@ -106,7 +106,7 @@ def prepare_mixture(
     if isinstance(prepared[0], IterableDataset):
         return datasets.interleave_datasets(prepared, stopping_strategy="all_exhausted_without_replacement"), reports
     with _progress_bars(not (options or DataOptions()).disable_tqdm):
-        return datasets.concatenate_datasets(alike(prepared)), reports
+        return datasets.concatenate_datasets(same_image_types(prepared)), reports
 
 
 def _source(dataset: Any) -> str:

@@ -88,7 +88,7 @@ class StreamGate:
     report: DataReport
     options: DataOptions
     needs: Needs
-    told_of_window: bool = False
+    warned_of_window: bool = False
 
     def __deepcopy__(self, memo: dict) -> StreamGate:
         """`interleave_datasets` copies its streams; their counts still belong into this report."""
@@ -107,7 +107,7 @@ class StreamGate:
             self._refuse_or_warn(before)
         longest = np.asarray(batch["longest"])
         self.needs.check(np.asarray(batch["largest_id"]), longest, batch["margin"], keep, numbers, self.report.label)
-        self.told_of_window = self.told_of_window or self.needs.warn_beyond_window(
+        self.warned_of_window = self.warned_of_window or self.needs.warn_beyond_window(
             longest, keep, numbers, self.report.label
         )
         return keep.tolist()

@@ -101,13 +101,13 @@ def _short(value: Any) -> str:
     return "{...}" if isinstance(value, dict) or str(value).lstrip().startswith("{") else str(value)
 
 
-def _told(variable: str) -> bool:
+def _is_set(variable: str) -> bool:
     return bool(str_to_bool(os.environ.get(variable, "false")))
 
 
 def _launched(engine: str) -> str:
     """How the launcher asked for an engine, for a message; empty where it did not."""
-    return f"distributed_type: {engine} of the launcher" if _told(f"ACCELERATE_USE_{engine}") else ""
+    return f"distributed_type: {engine} of the launcher" if _is_set(f"ACCELERATE_USE_{engine}") else ""
 
 
 def _launched_fsdp() -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _check_fsdp(asked: str, settings: dict[str, Any]) -> None:
 
 def check_launcher(config: TrainingArguments) -> None:
     """Refuse launcher settings that contradict the config. Called after transformers has set up the processes."""
-    if _told("ACCELERATE_USE_MEGATRON_LM"):
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError(
             f"distributed_type: MEGATRON_LM of the launcher uses its own model and its own loss. {SHARDS}."
         )
@@ -147,10 +147,10 @@ def check_launcher(config: TrainingArguments) -> None:
             f"dynamo_backend: {compiler} of the launcher (--dynamo_backend, or dynamo_config of its file) compiles the model, which "
             "is not available in this version (as --torch_compile): leave it out."
         )
-    told, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), _precision(config)
-    if told not in ("no", ours):
+    launched, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), _precision(config)
+    if launched not in ("no", ours):
         raise ValueError(
-            f"mixed_precision: {told} of the launcher (--mixed_precision, or its file) differs from the precision of the run, {ours}: "
+            f"mixed_precision: {launched} of the launcher (--mixed_precision, or its file) differs from the precision of the run, {ours}: "
             'set it to "no" there. --bf16 and --fp16 decide.'
         )
     check_parallelism(_parallelism(config), config.world_size)
@@ -161,7 +161,7 @@ def _precision(config: TrainingArguments) -> str:
 
 
 def _parallelism(config: TrainingArguments) -> ParallelismConfig | None:
-    launched = ParallelismConfig() if _told("ACCELERATE_USE_PARALLELISM_CONFIG") else None
+    launched = ParallelismConfig() if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") else None
     return config.parallelism_config or launched
 
 

@@ -137,17 +137,17 @@ def fill_in(config: RunOptions) -> None:
 
 def check_output_dir(config: RunOptions) -> None:
     """A name that no folder can have, or that something else has."""
-    given = config.output_dir
-    if given is None:
+    value = config.output_dir
+    if value is None:
         return
-    shown = f"--output_dir {printable(given)!r}"
-    if not given.strip():
+    shown = f"--output_dir {printable(value)!r}"
+    if not value.strip():
         raise ValueError(f"{shown} is empty: name a folder, such as out.")
-    if "\0" in given or not _is_utf8(given):
+    if "\0" in value or not _is_utf8(value):
         raise ValueError(
             f"{shown} is not UTF-8, or holds a NUL: files with weights cannot have such a name. Give another."
         )
-    folder = Path(given).expanduser()
+    folder = Path(value).expanduser()
     there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
     if there.is_symlink() and not there.exists():
         raise ValueError(
@@ -280,12 +280,12 @@ def resolve_dispatch(config: RunOptions) -> None:
 
 def resolve_transfers(config: RunOptions) -> None:
     """Batches go to a GPU from pinned memory without being waited for, unless `accelerator_config` says how they go."""
-    given: Any = config.accelerator_config
-    if isinstance(given, str) and given.startswith("{"):
-        given = json.loads(given)
+    value: Any = config.accelerator_config
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
     pinned = config.dataloader_pin_memory and torch.cuda.is_available() and not config.use_cpu
-    if pinned and (given is None or isinstance(given, dict)):
-        config.accelerator_config = {"non_blocking": True, **(given or {})}
+    if pinned and (value is None or isinstance(value, dict)):
+        config.accelerator_config = {"non_blocking": True, **(value or {})}
 
 
 def _computes_in_bfloat16(on_cpu: bool) -> bool:

@@ -105,11 +105,11 @@ def _check_cache(config: ReferenceOptions) -> None:
 def _check_moving_reference(config: ReferenceOptions) -> None:
     """Refuse what contradicts a moving reference. The model has a say in `reference/`."""
     how = ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_sync_epochs")
-    given = [name for name in how if getattr(config, name) is not None]
+    set_options = [name for name in how if getattr(config, name) is not None]
     if not config.sync_ref_model:
-        if given:
+        if set_options:
             raise ValueError(
-                f"--{given[0]} {getattr(config, given[0])} would be ignored: the reference moves with --sync_ref_model "
+                f"--{set_options[0]} {getattr(config, set_options[0])} would be ignored: the reference moves with --sync_ref_model "
                 "alone. Add it, or leave this out."
             )
         return

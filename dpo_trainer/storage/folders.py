@@ -22,13 +22,13 @@ BLOCK = 8 << 20
 """Bytes that are read at a time."""
 
 
-def cache_folder(given: str | None, kind: str) -> Path:
-    """`given`, else $DPO_TRAINER_CACHE/kind, else $HF_HOME/dpo_trainer/kind. The folder is not created.
+def cache_folder(folder: str | None, kind: str) -> Path:
+    """`folder`, else $DPO_TRAINER_CACHE/kind, else $HF_HOME/dpo_trainer/kind. The folder is not created.
 
     HF_HOME is ~/.cache/huggingface unless set.
     """
-    if given:
-        return Path(given).expanduser()
+    if folder:
+        return Path(folder).expanduser()
     if own := os.environ.get("DPO_TRAINER_CACHE"):
         return Path(own).expanduser() / kind
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
