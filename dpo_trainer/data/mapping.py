@@ -13,6 +13,7 @@ from datasets import Dataset, Features, List, Value
 
 from ..types import PairIds
 from .content import content_id
+from .errors import row_name
 from .images.source import encoded, images_of
 from .images.text import ImageText
 from .report import RowFacts, labelled
@@ -84,7 +85,7 @@ class PairMapper:
                 announce_unread(batch, self.label, kinds)
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         numbers = indices if self.row_numbers is None else self.row_numbers[indices].tolist()
-        where = [f"Row {number} of {self.label}" for number in numbers]
+        where = [row_name(number, self.label) for number in numbers]
         own_ids: list[int | None] = [None] * len(rows)
         if is_tokenized(batch):
             ids = [ids_of_tokenized_row(row, at, self.images) for row, at in zip(rows, where, strict=True)]

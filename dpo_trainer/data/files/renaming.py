@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from datasets import Dataset, IterableDataset
 
 from ...registry import did_you_mean
+from ..errors import row_name
 from ..rows.column_names import PREPARED, READ
 from .origin import name_of
 
@@ -126,7 +127,7 @@ class RowRenamer:
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         for ours, theirs in self.mapping.items():
             if (theirs or ours) not in row:
-                raise ValueError(_no_column(self.flag, ours, theirs, f"Row {number} of {self.name}", list(row)))
+                raise ValueError(_no_column(self.flag, ours, theirs, row_name(number, self.name), list(row)))
         if number == 0:
             kept = {ours: theirs for ours, theirs in self.mapping.items() if theirs}
             replaced = [ours for ours in kept if ours in row and ours not in kept.values()]

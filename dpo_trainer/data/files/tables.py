@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ...storage.folders import atomic_write, damage, is_sealed
+from ..errors import row_name
 from ..rows.column_names import PREPARED, TOKENIZED
 from .column_types import JSON, as_array, column_type, has_floats, holds_nan, wider
 
@@ -124,7 +125,7 @@ def _table(
         for row, value in enumerate(values, start=first_row) if dtype == JSON else ():
             if holds_nan(value):
                 raise ValueError(
-                    f"Row {row} of {', '.join(files)}, column {name!r}: NaN cannot stand in a column of different types. "
+                    f"{row_name(row, ', '.join(files))}, column {name!r}: NaN cannot stand in a column of different types. "
                     "Give a number, or null."
                 )
         try:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...storage.folders import atomic_write
 from ...types import ImageBatch, ImageTensors, ModelSight, PairIds, TokenizedPair
-from ..errors import clean
+from ..errors import clean, row_name
 from .source import ImageSource
 from .text import ImageText, processed
 
@@ -53,7 +53,7 @@ class ImageInputs:
         """The row with its images processed. What is wrong with one of them is said with the row's name."""
         if all(isinstance(image, ImageTensors) for image in row.images):
             return row
-        where = f"Row {row.example_id} of the batch"
+        where = row_name(row.example_id, "the batch")
         self.text.check_features(PairIds(row.prompt_ids, []), self.text.sizes(row.images, where), where)
         images = tuple(self._load(image, f"{where}, image {number}") for number, image in enumerate(row.images))
         return replace(row, images=images)
