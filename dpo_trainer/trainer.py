@@ -26,15 +26,15 @@ from .checkpointing.durable import DurableTrainer
 from .checkpointing.save_checks import check_saving, check_wrapping
 from .config import DPOConfig
 from .data import FEATURES, FilledStream, Needs, RepeatedStream, check_tokenizer
-from .data.batches.padding_rows import refuse_empty_rounds, unweigh_fillers
+from .data.batches.padding_rows import mask_padding_rows, refuse_empty_rounds
 from .data.content import dataset_digest
-from .data.files.files import AnyDataset
-from .data.files.given import Rows, is_rows
+from .data.files.dataset_inputs import Rows, is_rows
+from .data.files.local_files import AnyDataset
 from .data.images.source import IMAGES
 from .data.tokens.encode import can_be_saved
 from .distributed.engine_checks import check_engine, check_placement
-from .distributed.engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
-from .distributed.sharding import kept, whole
+from .distributed.engines import evaluation, keep_outputs_exact, prepare_frozen, shards_weights
+from .distributed.sharding import gathered, kept
 from .losses import Objective
 from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, with_losses
 from .models.adapters import weights_beside_adapter, weights_of_soft_prompt
@@ -197,7 +197,7 @@ class DPOTrainer(DurableTrainer):
         self.model_init = model_init
         # The loss that compute_loss returns is already a mean over the whole optimizer step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        self.in_step = keeps_ranks_in_step(args, cuts_weights=cuts_weights(args))
+        self.in_step = keeps_ranks_in_step(args, shards_weights=shards_weights(args))
         self._start_counting()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
@@ -343,9 +343,9 @@ class DPOTrainer(DurableTrainer):
         return self.sum_over_ranks(weight)
 
     def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
-        """[N] of each part, see `unweigh_fillers`."""
+        """[N] of each part, see `mask_padding_rows`."""
         how: Any = {"rows_per_rank": rows_per_rank, "drop_last": self.args.dataloader_drop_last}
-        return [unweigh_fillers(part, self.accelerator, **how) for part in micro_batches(inputs)]
+        return [mask_padding_rows(part, self.accelerator, **how) for part in micro_batches(inputs)]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(joined(inputs))
@@ -507,7 +507,7 @@ class DPOTrainer(DurableTrainer):
             accelerator=self.accelerator,
             max_tokens=self.args.precompute_ref_max_tokens,
             disable_tqdm=self.args.disable_tqdm,
-            in_step=cuts_weights(self.args),
+            in_step=shards_weights(self.args),
             place=self._place_reference,
         )
         filled = [precompute(self.model, rows, name, self._rows_read(rows, name)) for name, rows in datasets.items()]
@@ -568,7 +568,7 @@ class DPOTrainer(DurableTrainer):
         for name, parameter in unsaved.items():
             if name.startswith("prompt_encoder.") and BESIDE + name not in tensors:
                 continue  # an older checkpoint: PEFT has loaded what there is
-            with torch.no_grad(), whole(parameter, write=True) as own:
+            with torch.no_grad(), gathered(parameter, write=True) as own:
                 own.copy_(tensors.pop(BESIDE + name))
         self.reference.load_state(tensors)
 

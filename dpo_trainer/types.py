@@ -29,7 +29,7 @@ Message = dict[str, Any]
 Text: TypeAlias = "str | list[Message]"
 """A prompt or a completion, before tokenization."""
 
-Stretch: TypeAlias = tuple[int, int, int]
+Span: TypeAlias = tuple[int, int, int]
 """Tokens `start` to `end` of a completion: (number of the completion, start, end)."""
 
 
@@ -95,7 +95,7 @@ class TokenizedPair:
     rejected_ids: list[int]
     more_ids: Sequence[list[int]] = ()
     pairs: Sequence[Preferred] = ONE_PAIR
-    unscored: Sequence[Stretch] = ()
+    unscored: Sequence[Span] = ()
     weight: float = 1.0  # of each of its pairs
     images: Sequence[Any] = ()  # of the prompt: as the row holds them, or `ImageTensors` once they are loaded
 
@@ -454,7 +454,7 @@ class PairIds(NamedTuple):
     prompt: list[int]
     completions: list[list[int]]  # at least two
     pairs: tuple[Preferred, ...] = ONE_PAIR  # never empty: without a useful pair the first stays, and flags say why
-    unscored: tuple[Stretch, ...] = ()
+    unscored: tuple[Span, ...] = ()
     flags: int = 0
     left_out: int = 0  # pairs of a ranked row that are not used: ties, useless ones, those beyond a limit
     images: tuple[tuple[int, int], ...] = ()  # (start, end) in the prompt: what may not be cut, in order

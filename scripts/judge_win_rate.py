@@ -27,8 +27,8 @@ import torch
 from transformers import HfArgumentParser
 
 from dpo_trainer.cli.errors import OneMessage
-from dpo_trainer.data.files.columns import parse_columns
 from dpo_trainer.data.files.datasets import eval_rows
+from dpo_trainer.data.files.renaming import parse_columns
 from dpo_trainer.data.rows.messages import read_messages
 from dpo_trainer.data.rows.schema import pair_from_row
 from dpo_trainer.data.tokens.encode import check_tokenizer

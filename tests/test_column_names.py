@@ -6,10 +6,10 @@ import datasets
 import pytest
 from datasets import Dataset, Features, IterableDataset, Json, Value
 
-from dpo_trainer.data.files.columns import OURS, parse_columns, rename_columns
 from dpo_trainer.data.files.datasets import load_dataset_splits
 from dpo_trainer.data.files.origin import name_of, named
-from dpo_trainer.data.rows.columns import PREPARED, READ
+from dpo_trainer.data.files.renaming import OURS, parse_columns, rename_columns
+from dpo_trainer.data.rows.column_names import PREPARED, READ
 
 ROWS = [{"question": f"q{i}", "best": f"b{i}", "worst": f"w{i}", "prompt": f"old {i}"} for i in range(3)]
 MAPPED = [{"prompt": row["question"], "chosen": row["best"], "rejected": row["worst"]} for row in ROWS]

@@ -229,7 +229,7 @@ def test_what_the_launcher_does_not_even_say_here(variable, value, what):
     assert what in refused()
 
 
-KINDS = {"cp": "plain causal attention", "sp": "cuts rows", "tp": "hands the same pairs"}
+KINDS = {"cp": "plain causal attention", "sp": "splits rows", "tp": "same pairs"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -360,7 +360,7 @@ def test_a_model_on_the_device_of_another_process():
 
 @pytest.mark.parametrize("how", [{"tp_size": 2}, {"tp_size": None, "is_distributed_loading_by_transformers": True}])
 def test_a_model_that_was_cut_when_it_was_loaded(how):
-    with pytest.raises(ValueError, match=r"cut between processes when it was loaded .*fsdp2.yaml"):
+    with pytest.raises(ValueError, match=r"sharded between processes when it was loaded .*fsdp2.yaml"):
         check_placement(on("cpu", **how), process("cpu"))
 
 

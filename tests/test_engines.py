@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from dpo_trainer.distributed.engines import cuts_weights, evaluation
-from dpo_trainer.distributed.sharding import class_of, copy_of, is_cut, kept, whole
+from dpo_trainer.distributed.engines import evaluation, shards_weights
+from dpo_trainer.distributed.sharding import class_of, copy_of, gathered, is_sharded, kept
 
 
 @pytest.fixture
@@ -66,31 +66,31 @@ def test_an_evaluation_while_it_trains_leaves_the_model_prepared():
 
 @pytest.mark.parametrize(("stage", "cut"), [(1, False), (2, False), (3, True)])
 def test_which_stage_cuts_weights(stage, cut):
-    assert cuts_weights(SimpleNamespace(fsdp=None, deepspeed_plugin=SimpleNamespace(zero_stage=stage))) is cut
+    assert shards_weights(SimpleNamespace(fsdp=None, deepspeed_plugin=SimpleNamespace(zero_stage=stage))) is cut
 
 
 def test_the_launcher_says_that_weights_are_cut(monkeypatch):
     alone = SimpleNamespace(fsdp=None, deepspeed_plugin=None)
-    assert not cuts_weights(alone)
+    assert not shards_weights(alone)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert cuts_weights(alone)
+    assert shards_weights(alone)
 
 
 def test_what_a_block_makes_of_a_cut_weight_is_kept(one_rank):
     model = fully_shard(tiny.llama(), mesh=one_rank)
     weight = model.lm_head.weight
-    assert is_cut(weight)
+    assert is_sharded(weight)
     before = kept({"head": weight})["head"]
-    with torch.no_grad(), whole(weight, write=True) as full:
+    with torch.no_grad(), gathered(weight, write=True) as full:
         full.add_(1.0)
     after = kept({"head": weight})["head"]
-    assert not is_cut(after)
+    assert not is_sharded(after)
     torch.testing.assert_close(after, before + 1.0, rtol=0, atol=0)
 
 
 def test_a_plain_weight_is_itself(one_rank):
     weight = nn.Parameter(torch.ones(2))
-    with torch.no_grad(), whole(weight) as full:
+    with torch.no_grad(), gathered(weight) as full:
         assert full is weight
     copy = kept({"a": weight})["a"]
     assert copy.data_ptr() != weight.data_ptr()  # safetensors may write while training goes on

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from dpo_trainer.data.files.given import datasets_of
+from dpo_trainer.data.files.dataset_inputs import datasets_of
 
 ROWS = tiny.rows(8)
 TALKS = tiny.chat_rows(8)

@@ -317,7 +317,7 @@ def test_what_the_hub_serves_is_untrusted_too(monkeypatch):
     def broken(*args, **kwargs):
         raise datasets.exceptions.DatasetGenerationError("generating") from TypeError("Couldn't cast array")
 
-    monkeypatch.setattr("dpo_trainer.data.files.find.load_dataset", broken)
+    monkeypatch.setattr("dpo_trainer.data.files.locate.load_dataset", broken)
     with pytest.raises(
         ValueError, match=r"'some/pairs' of the hub cannot be read: Couldn't cast array.*download its files"
     ):

@@ -23,7 +23,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from two_processes import torchrun
 
 from dpo_trainer import DPOTrainer, register_loss
-from dpo_trainer.data.batches.padding_rows import unweigh_fillers
+from dpo_trainer.data.batches.padding_rows import mask_padding_rows
 from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair
 from dpo_trainer.training.micro_batches import step_loss
 from dpo_trainer.types import PairBatch, PairLogps, TokenLogps
@@ -531,7 +531,7 @@ def unweighed(
     """On one of two ranks with batches of three rows, in the last round over `rows`."""
     state = SimpleNamespace(end_of_dataloader=last, active_dataloader=SimpleNamespace(dataset=rows))
     accelerator: Any = SimpleNamespace(num_processes=2, process_index=rank, gradient_state=state)
-    return unweigh_fillers(inputs, accelerator, rows_per_rank=3, drop_last=drop_last).tolist()
+    return mask_padding_rows(inputs, accelerator, rows_per_rank=3, drop_last=drop_last).tolist()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from dpo_trainer import DataCollatorForPreference, DPOTrainer, register_loss
 from dpo_trainer.data import FEATURES
 from dpo_trainer.data.batches.collate import read_row
 from dpo_trainer.data.batches.packs import check_rows_fit, even_places, flat_size, packed_places
-from dpo_trainer.data.batches.padding_rows import unweigh_fillers
+from dpo_trainer.data.batches.padding_rows import mask_padding_rows
 from dpo_trainer.scoring.layout import Layout
 from dpo_trainer.training.micro_batches import (
     PACK_TOKENS,
@@ -321,7 +321,7 @@ def test_repeats_of_rows_lose_their_weight_in_every_part():
     accelerator: Any = SimpleNamespace(num_processes=2, process_index=1, gradient_state=state)
     parts = DataCollatorForPreference(0, max_tokens=20)(rows)[MICRO_BATCHES]
     assert len(parts) == 3
-    real = [unweigh_fillers(part, accelerator, rows_per_rank=4, drop_last=False) for part in parts]
+    real = [mask_padding_rows(part, accelerator, rows_per_rank=4, drop_last=False) for part in parts]
     weights = {
         int(i): (float(w), bool(r))
         for part, mine in zip(parts, real, strict=True)
@@ -427,7 +427,7 @@ def test_when_ranks_keep_in_step(engine, want):
             gradient_accumulation_kwargs={"sync_each_batch": True} if "each" in engine else None
         ),
     )
-    assert keeps_ranks_in_step(args, cuts_weights=engine.get("cuts_weights", False)) is want
+    assert keeps_ranks_in_step(args, shards_weights=engine.get("cuts_weights", False)) is want
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import tiny
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from dpo_trainer.data import DataOptions, pair_from_row, prepare_dataset
-from dpo_trainer.data.files.columns import parse_columns, rename_columns
-from dpo_trainer.data.rows.columns import check_columns
-from dpo_trainer.data.rows.kinds import kinds_of_features, kinds_of_values
+from dpo_trainer.data.files.renaming import parse_columns, rename_columns
+from dpo_trainer.data.rows.column_kinds import kinds_of_features, kinds_of_values
+from dpo_trainer.data.rows.column_names import check_columns
 
 Q, GOOD, POOR = "Name a tree.", "Oak is one.", "Brick."
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, byte_bpe
 
 from dpo_trainer.data import DataOptions, form_of, prepare_dataset
-from dpo_trainer.data.rows.columns import check_columns, unread_columns
+from dpo_trainer.data.rows.column_names import check_columns, unread_columns
 from dpo_trainer.data.rows.implicit import shared_length, split_messages, split_texts
 from dpo_trainer.data.rows.messages import is_blank
 from dpo_trainer.data.rows.schema import pair_from_row, weight_from_row

@@ -23,7 +23,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data.batches.sampling import BalancedSampler
-from ..distributed.sharding import own_part
+from ..distributed.sharding import local_shard
 from . import (
     ASIDE,
     RunRecord,
@@ -258,7 +258,7 @@ class DurableTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         # A gradient scaler (float16) meets overflow by itself, and is expected to.
-        self.watch.gradient_norm = None if self.accelerator.scaler is not None else own_part(norm)
+        self.watch.gradient_norm = None if self.accelerator.scaler is not None else local_shard(norm)
         return norm
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:

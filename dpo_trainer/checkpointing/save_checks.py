@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel, modeling_utils
 from transformers.utils import logging
 
-from ..distributed.sharding import is_cut
+from ..distributed.sharding import is_sharded
 from ..models.unwrap import base_model
 from . import DRY_RUN, savable_generation_config
 
@@ -125,7 +125,7 @@ def _save_generation_config(model: PreTrainedModel, dry: str) -> None:
 def _refuse_unknown_ties(model: nn.Module) -> None:
     """Two weights in one memory that the config does not tie: transformers does not save them."""
     remove = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)
-    if remove is None or not isinstance(model, PreTrainedModel) or any(map(is_cut, model.parameters())):
+    if remove is None or not isinstance(model, PreTrainedModel) or any(map(is_sharded, model.parameters())):
         return
     try:
         remove(model.state_dict(), model)

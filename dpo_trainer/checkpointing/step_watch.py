@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..distributed.sharding import own_part
+from ..distributed.sharding import local_shard
 from ..metrics import StepParts
 from ..types import PairBatch
 
@@ -87,7 +87,7 @@ def non_finite_error(
 
 def number_of_bad_tensors(model: nn.Module, scores: Tensor | None, device: torch.device) -> Tensor:
     """How many of the trained weights, as far as this rank holds them, and of the scores are not finite: a number, float32."""
-    trained = [own_part(getattr(p, "ds_tensor", p)).detach() for p in model.parameters() if p.requires_grad]
+    trained = [local_shard(getattr(p, "ds_tensor", p)).detach() for p in model.parameters() if p.requires_grad]
     tensors = [tensor for tensor in (*trained, scores) if tensor is not None and tensor.is_floating_point()]
     bad = [(~torch.isfinite(tensor)).any().to(device) for tensor in tensors]
     return torch.stack([torch.zeros((), dtype=torch.bool, device=device), *bad]).sum().float()

@@ -69,8 +69,8 @@ class ScriptArguments:
     def __post_init__(self):
         if self.columns is None and self.datasets is None:
             return
-        from ..data.files.columns import parse_columns  # with all that loads models: slow to import
         from ..data.files.mixture import parse_mixture
+        from ..data.files.renaming import parse_columns  # with all that loads models: slow to import
 
         if self.columns is not None:
             parse_columns(self.columns)

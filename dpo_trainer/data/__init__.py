@@ -11,7 +11,7 @@ from .mapping import FEATURES
 from .options import DataOptions
 from .prepare import prepare_dataset, prepare_mixture
 from .report import DataReport, report_table, write_reports
-from .rows.needs import Needs
+from .rows.requirements import Needs
 from .rows.schema import form_of, pair_from_row
 from .stream import FilledStream, RepeatedStream
 from .tokens.encode import check_tokenizer

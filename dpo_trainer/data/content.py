@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset, IterableDataset
 
-from ..types import PairIds, Stretch, TokenizedPair
+from ..types import PairIds, Span, TokenizedPair
 from .images.source import encoded
 
 
@@ -56,7 +56,7 @@ def _bytes(ids: Sequence[int]) -> bytes:
     return array("i", [len(ids), *ids]).tobytes()
 
 
-def _places(number: int, unscored: Iterable[Stretch]) -> set[int]:
+def _places(number: int, unscored: Iterable[Span]) -> set[int]:
     """Tokens of one completion that are not scored, however they are cut into stretches."""
     return {place for of, start, end in unscored if of == number for place in range(start, end)}
 

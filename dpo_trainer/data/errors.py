@@ -1,4 +1,4 @@
-"""How the pipeline refuses a value: where it stands, what is wrong, what to do."""
+"""Wording of data errors: which row and column, what is wrong, what to do."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from ..printable import printable
 LONGEST = 200
 
 
+def row_name(number: int, name: str) -> str:
+    """Return how errors name a row: "Row 7 of train"."""
+    return f"Row {number} of {name}"
+
+
 def bad(where: str, column: str, problem: str, remedy: str) -> ValueError:
     """`where` names the row ("Row 7 of train"), `remedy` is a whole sentence without its full stop."""
     return ValueError(f"{where}, column {clean(column)!r}: {clean(problem)}. {remedy}.")
 
 
 def clean(text: object) -> str:
-    """Words that come from data, fit for a terminal: short, and no character that steers it."""
+    """Return text from data made safe for a terminal: short, without control characters."""
     shown = str(text)
     if len(shown) > LONGEST:
         shown = f"{shown[:LONGEST]}..."

@@ -13,12 +13,13 @@ from datasets import Dataset, Features, List, Value
 
 from ..types import PairIds
 from .content import content_id
+from .errors import row_name
 from .images.source import encoded, images_of
 from .images.text import ImageText
 from .report import RowFacts, labelled
-from .rows.columns import TOKENIZED, announce_unread, check_columns, is_tokenized
+from .rows.column_kinds import kinds_of_batch
+from .rows.column_names import TOKENIZED, announce_unread, check_columns, is_tokenized
 from .rows.image_places import check_none_is_shown
-from .rows.kinds import kinds_of_batch
 from .rows.schema import pair_from_row, weight_from_row
 from .rows.tokenized import example_id_from_row, ids_from_row
 from .tokens.encode import eos_token_id, tokenizer_fingerprint
@@ -84,10 +85,10 @@ class PairMapper:
                 announce_unread(batch, self.label, kinds)
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         numbers = indices if self.row_numbers is None else self.row_numbers[indices].tolist()
-        where = [f"Row {number} of {self.label}" for number in numbers]
+        where = [row_name(number, self.label) for number in numbers]
         own_ids: list[int | None] = [None] * len(rows)
         if is_tokenized(batch):
-            ids = [given_ids(row, at, self.images) for row, at in zip(rows, where, strict=True)]
+            ids = [ids_of_tokenized_row(row, at, self.images) for row, at in zip(rows, where, strict=True)]
             own_ids = [example_id_from_row(row, at) for row, at in zip(rows, where, strict=True)]
         else:
             ids = self._tokenize(rows, where)
@@ -152,7 +153,7 @@ class PairMapper:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
-def given_ids(row: Mapping[str, Any], where: str, images: ImageText | None) -> PairIds:
+def ids_of_tokenized_row(row: Mapping[str, Any], where: str, images: ImageText | None) -> PairIds:
     """Of a row that is tokens already, perhaps with the images of its prompt beside."""
     ids, shown = ids_from_row(row, where), images_of(row, where)
     if images is None:

@@ -58,7 +58,8 @@ class RowOptions:
         ),
     )
     deduplicate: bool = field(
-        default=False, metadata={"help": "Drop rows with the prompt and the completions of an earlier row, counted."}
+        default=False,
+        metadata={"help": "Drop rows that repeat the prompt and the completions of an earlier row, and count them."},
     )
     max_pairs_per_prompt: int | None = field(
         default=None,
@@ -71,14 +72,14 @@ class RowOptions:
         default=False,
         metadata={
             "help": "Read the text of a special token inside a row (such as <|im_end|>) as that token. Off, it is text: a "
-            "user cannot end a turn. On for files that are templated already."
+            "user cannot end a turn. Switch it on for files that already contain a chat template."
         },
     )
     template_date: str | None = field(
         default=None,
         metadata={
-            "help": "The date, YYYY-MM-DD, that chat templates write which ask for today's. Default: that of the checkpoint in the "
-            "output folder, else of the reference cache, else today's; a run has one date from its first step to its last."
+            "help": "The date, YYYY-MM-DD, for chat templates that write the current date. Default: the date of the checkpoint in the "
+            "output folder, else of the reference cache, else today. The date stays the same for the whole run."
         },
     )
     dataset_num_proc: int | None = field(
@@ -90,8 +91,8 @@ class RowOptions:
     image_root: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that paths of images are relative to, and that none may lead out of. Default: the working directory, "
-            "and paths lead anywhere."
+            "help": "Root folder of image paths: relative paths start here, and no path may leave it. Default: paths start at the "
+            "working directory and may lead anywhere."
         },
     )
     allow_image_urls: bool = field(
@@ -100,8 +101,8 @@ class RowOptions:
     allow_private_image_urls: bool = field(
         default=False,
         metadata={
-            "help": "With --allow_image_urls: also from servers on loopback, link-local, private and reserved addresses. A row can then "
-            "make this machine ask any server that it reaches."
+            "help": "With --allow_image_urls: also download from loopback, link-local, private and reserved addresses. A row can then "
+            "make this machine send requests to any server that it can reach."
         },
     )
 
@@ -155,10 +156,7 @@ def check_row_options(config: RowOptions) -> None:
             f"--template_date must be a day as YYYY-MM-DD, such as 2026-11-30, got {config.template_date!r}."
         )
     if config.allow_private_image_urls and not config.allow_image_urls:
-        raise ValueError(
-            "--allow_private_image_urls has no effect without --allow_image_urls, which fetches images at all: pass both, or "
-            "neither."
-        )
+        raise ValueError("--allow_private_image_urls has no effect without --allow_image_urls: pass both, or neither.")
 
 
 LEAST = {

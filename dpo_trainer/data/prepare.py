@@ -15,16 +15,16 @@ from datasets import Dataset, Features, IterableDataset
 from ..types import Flag, PairIds
 from .caching import map_cached
 from .content import content_id
-from .images.columns import alike, beside, image_columns, undecoded
+from .images.image_columns import beside, image_columns, same_image_types, undecoded
 from .images.source import images_of
 from .images.text import ImageText
 from .mapping import BATCH, FEATURES, NOTES, PairMapper
 from .options import DataOptions
 from .processor import text_tokenizer
 from .report import USELESS, DataReport, RowFacts
-from .rows.columns import announce_unread, check_columns, compared_columns, read_columns
-from .rows.kinds import kinds_of_features
-from .rows.needs import Needs
+from .rows.column_kinds import kinds_of_features
+from .rows.column_names import announce_unread, check_columns, compared_columns, read_columns
+from .rows.requirements import Needs
 from .stream import prepare_stream, warn_of_templated
 from .tokens.dates import dated
 
@@ -106,7 +106,7 @@ def prepare_mixture(
     if isinstance(prepared[0], IterableDataset):
         return datasets.interleave_datasets(prepared, stopping_strategy="all_exhausted_without_replacement"), reports
     with _progress_bars(not (options or DataOptions()).disable_tqdm):
-        return datasets.concatenate_datasets(alike(prepared)), reports
+        return datasets.concatenate_datasets(same_image_types(prepared)), reports
 
 
 def _source(dataset: Any) -> str:

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from datasets import Features, IterableDataset
 
-from .images.columns import undecoded
+from .images.image_columns import undecoded
 from .mapping import BATCH, FEATURES, NOTES, STREAMED_IMAGES, PairMapper, facts_of
 from .options import DataOptions
 from .report import DataReport
-from .rows.columns import announce_unread, check_columns, compared_columns, read_columns
-from .rows.kinds import kinds_of_features
-from .rows.needs import Needs
+from .rows.column_kinds import kinds_of_features
+from .rows.column_names import announce_unread, check_columns, compared_columns, read_columns
+from .rows.requirements import Needs
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 1000
 """A stream whose first rows are all useless is refused after this many: it would be read to its end for nothing."""
 
-FILLER_ID = -(2**63)
+PADDING_ROW_ID = -(2**63)
 """The `example_id` of a row that only fills a batch. Rows of a stream are named by a hash, which is never negative."""
 
 
@@ -88,7 +88,7 @@ class StreamGate:
     report: DataReport
     options: DataOptions
     needs: Needs
-    told_of_window: bool = False
+    warned_of_window: bool = False
 
     def __deepcopy__(self, memo: dict) -> StreamGate:
         """`interleave_datasets` copies its streams; their counts still belong into this report."""
@@ -107,7 +107,7 @@ class StreamGate:
             self._refuse_or_warn(before)
         longest = np.asarray(batch["longest"])
         self.needs.check(np.asarray(batch["largest_id"]), longest, batch["margin"], keep, numbers, self.report.label)
-        self.told_of_window = self.told_of_window or self.needs.warn_beyond_window(
+        self.warned_of_window = self.warned_of_window or self.needs.warn_beyond_window(
             longest, keep, numbers, self.report.label
         )
         return keep.tolist()
@@ -143,7 +143,7 @@ class FilledStream(torch.utils.data.IterableDataset):
         if not count:
             refuse_empty_stream()
         for _ in range(-count % self.rows_of_all_ranks):
-            yield {**row, "example_id": FILLER_ID, "weight": 0.0}
+            yield {**row, "example_id": PADDING_ROW_ID, "weight": 0.0}
 
 
 class RepeatedStream(torch.utils.data.IterableDataset):

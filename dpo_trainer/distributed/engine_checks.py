@@ -1,4 +1,4 @@
-"""What a run asks of its launcher and its engine that they cannot do: refused before a model is loaded, where that is known.
+"""Refuse launcher and engine settings that a run cannot use, before a model is loaded where possible.
 
 `accelerate launch` and its files speak to a run through environment variables: those are read here, as accelerate reads them.
 """
@@ -24,11 +24,11 @@ OF_DEEPSPEED = {"zero_optimization", "train_micro_batch_size_per_gpu", "train_ba
 OF_FSDP = {"reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "cpu_ram_efficient_loading"}
 """Settings by which a file is known for what it is."""
 
-SHARDS = "What cuts weights between processes: accelerate_configs/fsdp2.yaml and zero3.yaml"
+SHARDS = "To shard weights between processes, use accelerate_configs/fsdp2.yaml or zero3.yaml"
 ONE_ROW_EACH = {
-    "cp": "context parallelism (ring attention) takes plain causal attention along the row, and here prompts are shared",
-    "sp": "sequence parallelism (Ulysses) cuts rows between processes, and scored tokens are found by their place in the row",
-    "tp": "tensor parallelism hands the same pairs to several processes, and every process would count them",
+    "cp": "context parallelism (ring attention) needs plain causal attention, and here completions share prompts",
+    "sp": "sequence parallelism (Ulysses) splits rows between processes, and scored tokens are indexed by their position in the row",
+    "tp": "tensor parallelism gives several processes the same pairs, and each process would count them",
 }
 
 
@@ -42,7 +42,7 @@ def check_engine_files(config: TrainingArguments) -> None:
     deepspeed = f"--deepspeed {_short(config.deepspeed)}" if config.deepspeed else _launched("DEEPSPEED")
     fsdp = f"--fsdp {config.fsdp}" if config.fsdp else _launched("FSDP")
     if deepspeed and fsdp:
-        raise ValueError(f"{deepspeed} and {fsdp} are two engines, and a run has one: leave one of them out.")
+        raise ValueError(f"{deepspeed} and {fsdp} are two engines, but a run can use only one: leave one of them out.")
     if found := sorted(OF_FSDP & set(of_deepspeed)) or [key for key in of_deepspeed if key.startswith("fsdp_")]:
         raise ValueError(
             f"--deepspeed {_short(config.deepspeed)} has settings of FSDP ({found[0]}): give it to --fsdp_config, with --fsdp true."
@@ -53,8 +53,8 @@ def check_engine_files(config: TrainingArguments) -> None:
         )
     if of_fsdp and not config.fsdp:
         raise ValueError(
-            f"--fsdp_config {_short(config.fsdp_config)} would be ignored: it is read with --fsdp true alone. Add that, or leave "
-            "it out."
+            f"--fsdp_config {_short(config.fsdp_config)} would be ignored: it has no effect without --fsdp true. Add --fsdp true, or "
+            "leave it out."
         )
     if fsdp:
         _check_fsdp(fsdp, of_fsdp if config.fsdp else _launched_fsdp())
@@ -66,14 +66,14 @@ def check_engine_files(config: TrainingArguments) -> None:
 
 
 def _settings(flag: str, value: Any) -> dict[str, Any]:
-    """What a flag that takes a dict, JSON or a file of it was given."""
+    """Return the settings of a flag whose value is a dict, JSON text or a JSON file."""
     if not value:
         return {}
     if isinstance(value, dict):
         return value
     in_place = str(value).lstrip().startswith("{")
     if not in_place and not os.path.isfile(value):
-        raise ValueError(f"{flag} {value}: there is no such file. Name a JSON file, or give JSON.")
+        raise ValueError(f"{flag} {value}: this file does not exist. Give the path of a JSON file, or JSON text.")
     text = str(value) if in_place else Path(value).read_text(encoding="utf-8")
     if _is_of_accelerate(text):
         raise ValueError(
@@ -101,13 +101,13 @@ def _short(value: Any) -> str:
     return "{...}" if isinstance(value, dict) or str(value).lstrip().startswith("{") else str(value)
 
 
-def _told(variable: str) -> bool:
+def _is_set(variable: str) -> bool:
     return bool(str_to_bool(os.environ.get(variable, "false")))
 
 
 def _launched(engine: str) -> str:
     """How the launcher asked for an engine, for a message; empty where it did not."""
-    return f"distributed_type: {engine} of the launcher" if _told(f"ACCELERATE_USE_{engine}") else ""
+    return f"distributed_type: {engine} of the launcher" if _is_set(f"ACCELERATE_USE_{engine}") else ""
 
 
 def _launched_fsdp() -> dict[str, Any]:
@@ -121,8 +121,8 @@ def _check_fsdp(asked: str, settings: dict[str, Any]) -> None:
     version = settings.get("version", settings.get("fsdp_version", 2))
     if str(version) != "2":
         raise ValueError(
-            f"{asked} with fsdp_version {version} is FSDP1, which was never run here and which torch has "
-            "replaced: take accelerate_configs/fsdp2.yaml, or set fsdp_version: 2."
+            f"{asked} with fsdp_version {version} is FSDP1, which is untested here and which torch has "
+            "replaced: use accelerate_configs/fsdp2.yaml, or set fsdp_version: 2."
         )
     name = "cpu_ram_efficient_loading"
     if str(settings.get(name, settings.get(f"fsdp_{name}", "false"))).lower() == "true":
@@ -136,10 +136,10 @@ def _check_fsdp(asked: str, settings: dict[str, Any]) -> None:
 
 
 def check_launcher(config: TrainingArguments) -> None:
-    """Refuse what the launcher switches on behind the back of the config. After transformers knows the processes."""
-    if _told("ACCELERATE_USE_MEGATRON_LM"):
+    """Refuse launcher settings that contradict the config. Called after transformers has set up the processes."""
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError(
-            f"distributed_type: MEGATRON_LM of the launcher brings a model and a loss of its own. {SHARDS}."
+            f"distributed_type: MEGATRON_LM of the launcher uses its own model and its own loss. {SHARDS}."
         )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler != "no":
@@ -147,10 +147,10 @@ def check_launcher(config: TrainingArguments) -> None:
             f"dynamo_backend: {compiler} of the launcher (--dynamo_backend, or dynamo_config of its file) compiles the model, which "
             "is not available in this version (as --torch_compile): leave it out."
         )
-    told, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), _precision(config)
-    if told not in ("no", ours):
+    launched, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), _precision(config)
+    if launched not in ("no", ours):
         raise ValueError(
-            f"mixed_precision: {told} of the launcher (--mixed_precision, or its file) is not that of the run, which is {ours}: "
+            f"mixed_precision: {launched} of the launcher (--mixed_precision, or its file) differs from the precision of the run, {ours}: "
             'set it to "no" there. --bf16 and --fp16 decide.'
         )
     check_parallelism(_parallelism(config), config.world_size)
@@ -161,7 +161,7 @@ def _precision(config: TrainingArguments) -> str:
 
 
 def _parallelism(config: TrainingArguments) -> ParallelismConfig | None:
-    launched = ParallelismConfig() if _told("ACCELERATE_USE_PARALLELISM_CONFIG") else None
+    launched = ParallelismConfig() if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") else None
     return config.parallelism_config or launched
 
 
@@ -186,11 +186,11 @@ def check_parallelism(parallelism: Any, processes: int) -> None:
 
 
 def check_placement(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a model that is spread over devices, or lies on another one than its process works on."""
+    """Refuse a model that is spread over several devices, or that is not on the device of its process."""
     if (getattr(model, "tp_size", None) or 1) > 1 or getattr(model, "is_distributed_loading_by_transformers", False):
         raise ValueError(
-            "The model was cut between processes when it was loaded (tp_plan, distributed_config, expert parallelism), which is "
-            f"not available: load it whole. {SHARDS}."
+            "The model was sharded between processes when it was loaded (tp_plan, distributed_config, expert parallelism), which is "
+            f"not available: load it unsharded. {SHARDS}."
         )
     mapped = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     devices = {
@@ -212,7 +212,7 @@ def check_placement(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def check_engine(accelerator: Any) -> None:
-    """The same once more, of what accelerate has come to: state that was there before, DeepSpeed's own settings."""
+    """Check the final state of accelerate: settings made before the run, and the settings of DeepSpeed."""
     check_parallelism(accelerator.parallelism_config, accelerator.num_processes)
     if accelerator.distributed_type == "FSDP":
         _check_fsdp("distributed_type: FSDP", {"version": accelerator.state.fsdp_plugin.fsdp_version})

@@ -1,4 +1,4 @@
-"""What accelerate, FSDP2 and DeepSpeed do to models, where a run must have a say in it.
+"""Prepare models for accelerate, FSDP2 and DeepSpeed where their defaults do not suit a run.
 
 A reference is prepared as the policy is, an evaluation before training leaves nothing behind, and log-probs are not rounded.
 """
@@ -19,18 +19,18 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 
 STAGE_OF_WEIGHTS = 3
-"""Of ZeRO: the stages before it cut gradients and optimizer alone."""
+"""The ZeRO stage that shards weights: lower stages shard only gradients and optimizer states."""
 
 
-def cuts_weights(args: TrainingArguments) -> bool:
-    """Whether the engine of this run leaves each rank a part of every weight. Known before the engine is there."""
+def shards_weights(args: TrainingArguments) -> bool:
+    """Whether the engine of this run shards weights between ranks. Known before the engine exists."""
     zero = args.deepspeed_plugin
     launched = bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
     return launched or bool(args.fsdp) or (zero is not None and zero.zero_stage == STAGE_OF_WEIGHTS)
 
 
 def prepare_frozen(model: nn.Module, accelerator: Accelerator, args: TrainingArguments) -> nn.Module:
-    """Put a model that is never trained where the policy will be: on its device, under its precision, cut as it is."""
+    """Prepare a frozen model like the policy: the same device, precision and sharding."""
     zero = accelerator.state.deepspeed_plugin
     if accelerator.is_fsdp2:
         return fsdp2_prepare_model(accelerator, model)
@@ -45,14 +45,14 @@ def prepare_frozen(model: nn.Module, accelerator: Accelerator, args: TrainingArg
 
 
 def _without_training(config: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
-    """What of the policy's engine concerns weights alone: how they are cut, and what they are held and computed in."""
+    """Return the settings of the policy's engine that concern weights: sharding, storage and precision."""
     zero = {
         name: value
         for name, value in config["zero_optimization"].items()
         if value != "auto" and not name.startswith("offload_optimizer")
     }
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one, and nothing here reads it
+        "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed; nothing here reads it
         "zero_optimization": zero if zero["stage"] == STAGE_OF_WEIGHTS else {"stage": 0},
         "bf16": {"enabled": bool(args.bf16)},
         "fp16": {"enabled": bool(args.fp16)},
@@ -65,7 +65,7 @@ def evaluation(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
     accelerate marks what `Trainer` has it prepare for an evaluation, and then hands it out to training as it is: without
     DDP around it, so that every rank would train a model of its own. FSDP2 it refuses to prepare without an optimizer,
-    and leaves the last weights whole that a forward without backward has gathered: no optimizer would move those.
+    and leaves the last gathered weights unsharded after a forward without backward: no optimizer would update those.
 
     Raises:
         ValueError: before training under DeepSpeed, whose engine for evaluation cannot be trained.
@@ -73,7 +73,7 @@ def evaluation(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     first = not accelerator._models
     if first and accelerator.state.deepspeed_plugin is not None:
         raise ValueError(
-            "Under DeepSpeed nothing can be evaluated before train(): say --eval_on_start true, and train() begins with an "
+            "DeepSpeed cannot evaluate before train(). Set --eval_on_start true, so that train() begins with an "
             "evaluation; or evaluate under accelerate_configs/ddp.yaml or fsdp2.yaml."
         )
     if first and accelerator.is_fsdp2:
@@ -90,14 +90,14 @@ def evaluation(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back the last weights that FSDP2 gathered for a forward pass: it waits for a backward pass to do so."""
+    """Reshard the last weights that FSDP2 gathered for a forward pass; FSDP2 itself would wait for a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def keep_outputs_exact(accelerator: Accelerator) -> None:
-    """Accelerate has FSDP2 round what a model returns to the dtype that it computes in: log-probs stay float32."""
+    """Stop FSDP2 from rounding model outputs to the compute dtype, as accelerate configures it: log-probs stay float32."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)

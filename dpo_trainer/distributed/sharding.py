@@ -1,6 +1,6 @@
-"""Weights that an engine cuts between ranks (FSDP2, DeepSpeed ZeRO-3): to read, change and copy them.
+"""Read, change and copy weights that an engine shards between ranks (FSDP2, DeepSpeed ZeRO-3).
 
-Whatever is collective says so: every rank must call it, in the same order.
+A function that says "Collective" must be called by every rank, in the same order.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_cut(weight: Tensor) -> bool:
-    """Whether this rank holds a part of it alone."""
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this rank holds only a shard of the weight."""
     return isinstance(weight, DTensor) or hasattr(weight, "ds_id")
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:
-    """The whole shape, also of a weight that ZeRO-3 has cut."""
+    """The full shape, also of a weight that ZeRO-3 has sharded."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:
-    """The model's class, not the one that FSDP2 makes of it."""
+    """Return the model's class, not the subclass that FSDP2 creates."""
     return type(model).__bases__[1] if isinstance(model, FSDPModule) else type(model)
 
 
-def own_part(value: Any) -> Any:
-    """What this rank holds of a tensor that FSDP2 spread over all; anything else as it is."""
+def local_shard(value: Any) -> Any:
+    """Return the local shard of a DTensor; return any other value unchanged."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 @contextlib.contextmanager
-def whole(weight: Tensor, *, write: bool = False) -> Iterator[Tensor]:
-    """The weight itself where it is not cut, else all of it, for as long as the block lasts. Collective.
+def gathered(weight: Tensor, *, write: bool = False) -> Iterator[Tensor]:
+    """Yield the full weight, gathered from all ranks while the block runs. Collective.
 
-    `write`: what the block makes of it is kept; all ranks must make the same.
+    `write`: changes made in the block are kept; all ranks must make the same changes.
     """
     if isinstance(weight, DTensor):
         # Weights that FSDP keeps on the host travel between devices.
@@ -60,10 +60,10 @@ def whole(weight: Tensor, *, write: bool = False) -> Iterator[Tensor]:
 
 
 def kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole weights on the host, as safetensors takes them: on the rank that writes; nothing on the others. Collective."""
+    """Return copies of the full weights on the host, for safetensors: on rank 0; other ranks get an empty dict. Collective."""
     copies = {}
     for name, weight in weights.items():
-        with whole(weight) as full:
+        with gathered(weight) as full:
             if not dist.is_initialized() or dist.get_rank() == 0:
                 copies[name] = _on_host(full)
     return copies
@@ -74,10 +74,10 @@ def _on_host(weight: Tensor) -> Tensor:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy with whole weights, on the host where the model is cut. Collective."""
-    copied = copy.deepcopy(model)  # of a weight that ZeRO-3 has cut, an empty one
+    """Return a deep copy with full weights, on the host where ZeRO-3 has sharded the model. Collective."""
+    copied = copy.deepcopy(model)  # the copy of a weight that ZeRO-3 has sharded is empty
     for own, weight in zip(copied.parameters(), model.parameters(), strict=True):
         if hasattr(weight, "ds_id"):
-            with whole(weight) as full:
+            with gathered(weight) as full:
                 own.data = _on_host(full)
     return copied

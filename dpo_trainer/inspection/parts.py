@@ -12,10 +12,10 @@ from datasets import Dataset, IterableDataset
 
 from ..cli import ScriptArguments
 from ..cli.data import load_data
-from ..data.images.columns import undecoded
+from ..data.images.image_columns import undecoded
 from ..data.prepare import row_numbers
-from ..data.rows.columns import check_columns
-from ..data.rows.kinds import kinds_of_features
+from ..data.rows.column_kinds import kinds_of_features
+from ..data.rows.column_names import check_columns
 
 
 class NumberedRow(NamedTuple):

@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from ..data.images.text import ImageText
-from ..data.mapping import given_ids
-from ..data.rows.columns import is_tokenized
+from ..data.mapping import ids_of_tokenized_row
+from ..data.rows.column_names import is_tokenized
 from ..data.rows.schema import form_of, pair_from_row, weight_from_row
 from ..data.tokens.tokenize import tokenize_pairs
 from ..data.tokens.truncate import Limits
@@ -67,7 +67,7 @@ class RowReader:
                 form = form_of(row, where)
                 weight_from_row(row, where)
                 if is_tokenized(row):
-                    found[number] = self._row(number, form, None, given_ids(row, where, self.images))
+                    found[number] = self._row(number, form, None, ids_of_tokenized_row(row, where, self.images))
                 else:
                     texts.append(_Text(number, where, form, pair_from_row(row, where)))
             except ValueError as error:

@@ -22,7 +22,7 @@ class LossOptions:
     beta: float = field(
         default=0.1,
         metadata={
-            "help": "Strength of the pull towards the reference, > 0. Usual range 0.01 to 0.5; higher stays closer. "
+            "help": "Strength of the regularization towards the reference, > 0. Usual range 0.01 to 0.5; higher stays closer. "
             "The tau of `ipo`, the lambda of `orpo`."
         },
     )
@@ -124,7 +124,7 @@ class Bound(NamedTuple):
 
 BOUNDS = {
     "beta": Bound(
-        lambda v: v > 0, "above 0", "Usual values are 0.01 to 0.5; for no pull to a model: --reference_free."
+        lambda v: v > 0, "above 0", "Usual values are 0.01 to 0.5; to train without a reference: --reference_free."
     ),
     "label_smoothing": Bound(
         lambda v: 0 <= v < 0.5,
@@ -220,7 +220,7 @@ def _check_something_uses(args: LossOptions) -> None:
             also = " or with --rpo_alpha" if name == "rpo_normalization" else ""
             raise ValueError(
                 f"--{name} {getattr(args, name)} would be ignored by --loss_type {' '.join(args.loss_type)}: it is used "
-                f"by {', '.join(LOSSES.taking(name))}{also}. Leave it out, or choose accordingly."
+                f"by {', '.join(LOSSES.taking(name))}{also}. Leave it out, or choose one of these losses."
             )
 
 

@@ -104,7 +104,7 @@ def _widen(model: PeftModel, name: str, own: Adapter, wider: LoraConfig) -> None
     """Replace the adapter by one of the settings `wider` that computes the same, in place."""
     base = model.base_model.model
     old = {key: _tensors(layer, name) for key, layer in _lora_layers(base, name).items()}
-    wholes = {
+    full_modules = {
         key: module.modules_to_save[name]
         for key, module in base.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
@@ -120,7 +120,7 @@ def _widen(model: PeftModel, name: str, own: Adapter, wider: LoraConfig) -> None
         for key, tensors in old.items():
             layer = base.get_submodule(key)
             _copy_rescaled(tensors, _tensors(layer, name), own.layers[key][1] / layer.scaling[name])
-    for key, module in wholes.items():  # the module itself: PEFT's new copy has the dtype of the base
+    for key, module in full_modules.items():  # the module itself: PEFT's new copy has the dtype of the base
         base.get_submodule(key).modules_to_save[name] = module
     model.set_adapter(name)
 

@@ -20,7 +20,9 @@ def disable_dropout(model: nn.Module, *, lora: bool) -> None:
     Covers dropout modules, and the rates that modules and configs keep as numbers (`attention_dropout`, `layerdrop`),
     which attention functions read at each call.
     """
-    spared = set() if lora else {id(part) for layer in _adapter_layers(model) for part in _adapter_parts(layer)}
+    spared = (
+        set() if lora else {id(module_) for layer in _adapter_layers(model) for module_ in _adapter_modules(layer)}
+    )
     for module in model.modules():
         if id(module) in spared:
             continue
@@ -40,7 +42,7 @@ def _adapter_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
     return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
-def _adapter_parts(layer: BaseTunerLayer) -> Iterator[nn.Module]:
+def _adapter_modules(layer: BaseTunerLayer) -> Iterator[nn.Module]:
     """What PEFT put into a layer, without the model's own layer that it wraps."""
     for name, child in layer.named_children():
         if name != "base_layer":
@@ -55,6 +57,6 @@ def _zero_rates(attributes: dict[str, Any]) -> None:
 
 def _zero_config(config: PreTrainedConfig) -> None:
     _zero_rates(vars(config))
-    for part in vars(config).values():
-        if isinstance(part, PreTrainedConfig):
-            _zero_config(part)
+    for module_ in vars(config).values():
+        if isinstance(module_, PreTrainedConfig):
+            _zero_config(module_)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.sharding import is_cut
+from ..distributed.sharding import is_sharded
 
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Relative. Of a backend that rounds its inputs to 8 bits, 4e-3; wrong gradients seen were off by 0.3 and more."""
@@ -41,8 +41,8 @@ def _is_quantised(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
     plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.is_floating_point()
     held = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    whole = bool(held) and not any(is_cut(t) or t.is_meta for t in held)
-    return sized and not plain and whole and not any(layer.children())
+    is_local = bool(held) and not any(is_sharded(t) or t.is_meta for t in held)
+    return sized and not plain and is_local and not any(layer.children())
 
 
 def _difference(layer: Any, dtype: torch.dtype) -> float:

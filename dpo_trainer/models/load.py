@@ -153,13 +153,13 @@ def _base_of_adapter(folder: Path | None) -> str | None:
     return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
 
 
-def _checked_init_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
+def _checked_init_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """`model_init_kwargs` with float32 as the default dtype, free of what would be ignored or do harm."""
-    if isinstance(given, str):
+    if isinstance(init_kwargs, str):
         raise ValueError(
-            f'--model_init_kwargs must be a JSON object such as \'{{"dtype": "bfloat16"}}\', got {given!r}.'
+            f'--model_init_kwargs must be a JSON object such as \'{{"dtype": "bfloat16"}}\', got {init_kwargs!r}.'
         )
-    kwargs = dict(given or {})
+    kwargs = dict(init_kwargs or {})
     for name, instead in NOT_IN_MODEL_INIT_KWARGS.items():
         if name in kwargs:
             raise ValueError(f"--model_init_kwargs cannot hold {name!r}: {instead}.")

@@ -64,8 +64,8 @@ def _comparable(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, list | set | tuple):  # of names, or of numbers and spans, whose order may matter
-        names = all(isinstance(part, str) for part in value)
-        value = sorted(value) if names else [list(part) if isinstance(part, tuple) else part for part in value]
+        names = all(isinstance(item, str) for item in value)
+        value = sorted(value) if names else [list(item) if isinstance(item, tuple) else item for item in value]
     return value if value or type(value) is int else None  # layers_to_transform=0 says something
 
 
@@ -83,8 +83,8 @@ def _words(value: Any) -> str:
     words = ", ".join(sorted(map(str, value)))
     if len(words) < 80:
         return words
-    last_parts = sorted({str(name).rpartition(".")[2] for name in value})
-    return f"{len(value)} modules named {', '.join(last_parts)}"
+    last_names = sorted({str(name).rpartition(".")[2] for name in value})
+    return f"{len(value)} modules named {', '.join(last_names)}"
 
 
 def merged(name: str, own: Adapter, asked: Adapter) -> LoraConfig:
@@ -142,13 +142,13 @@ def _refuse_other_functions(name: str, own: Adapter, asked: Adapter) -> None:
 
 
 def _refuse_double_use(name: str, own: Adapter, asked: Adapter) -> None:
-    whole = _union(own.config.modules_to_save, asked.config.modules_to_save) or []
+    full = _union(own.config.modules_to_save, asked.config.modules_to_save) or []
     twice = [
-        key for key in {**own.layers, **asked.layers} if any(re.match(rf"(.*\.)?{part}(\.|$)", key) for part in whole)
+        key for key in {**own.layers, **asked.layers} if any(re.match(rf"(.*\.)?{item}(\.|$)", key) for item in full)
     ]
     if twice:
         raise ValueError(
-            f"--merge_lora_configs: {', '.join(twice)} would be trained as a whole (modules_to_save: {', '.join(whole)}) by "
+            f"--merge_lora_configs: {', '.join(twice)} would be trained as a whole (modules_to_save: {', '.join(full)}) by "
             f"the one side and through LoRA by the other, and one adapter cannot do both to the checkpoint's {name!r}. Use "
             f"it in the same way in peft_config, or {DROP}."
         )

@@ -22,8 +22,8 @@ class ModelOptions:
     merge_lora_configs: bool = field(
         default=False,
         metadata={
-            "help": "Where a new LoRA adapter (--use_peft) is asked for on a model that has one with other settings: go on with "
-            "that one at the larger rank and on the modules of both, computing the same as before."
+            "help": "If --use_peft requests LoRA settings that differ from those of the model's adapter: continue that adapter "
+            "with the larger rank and the modules of both. Its outputs do not change."
         },
     )
     router_aux_loss_coef: float | None = field(
@@ -37,12 +37,15 @@ class ModelOptions:
         default=None, metadata={"help": "JSON passed to from_pretrained when the model is given by name."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with a model or a tokenizer. Off for a reason."}
+        default=False,
+        metadata={
+            "help": "Run Python code that comes with a model or a tokenizer. It can do anything: set it only for sources that you trust."
+        },
     )
     freeze_vision_tower: bool | None = field(
         default=None,
         metadata={
-            "help": "Leave what turns pixels into features as it is; with LoRA, adapters go on the language model alone. "
+            "help": "Freeze the vision tower; with LoRA, only the language model gets adapters. "
             "Default: true with LoRA, false without.",
             "nargs": "?",
             "const": True,

@@ -40,13 +40,13 @@ def fit_embeddings(base: PreTrainedModel, adapter_weights: Path) -> None:
     base.resize_token_embeddings(saved, mean_resizing=False)  # the adapter brings the numbers
 
 
-def name_of(model: nn.Module, part: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part)
+def name_of(model: nn.Module, layer: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is layer)
 
 
 def rows_saved(adapter_weights: Path, name: str) -> int | None:
     """How many rows an adapter file has for the embeddings or the head called `name`; None where it has none."""
-    ends = (f".{name}.weight", f".{name}.base_layer.weight")
+    suffixes = (f".{name}.weight", f".{name}.base_layer.weight")
     with safe_open(adapter_weights, "pt") as opened:
-        found = [key for key in opened.keys() if key.endswith(ends)]  # noqa: SIM118  # not a dict
+        found = [key for key in opened.keys() if key.endswith(suffixes)]  # noqa: SIM118  # not a dict
         return opened.get_slice(found[0]).get_shape()[0] if found else None

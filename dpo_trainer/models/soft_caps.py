@@ -17,20 +17,20 @@ def keep_soft_caps(model: nn.Module) -> None:
     `sdpa` has no soft cap. transformers before 5.21 takes it for these models all the same and leaves the cap out: log-probs are
     off by half a nat and more, without a word. Later releases do not offer it to them.
     """
-    for part in _capped_parts(model):
-        if part.config._attn_implementation == "sdpa":
-            part.set_attn_implementation("eager")
+    for capped in _capped_models(model):
+        if capped.config._attn_implementation == "sdpa":
+            capped.set_attn_implementation("eager")
             logger.warning(
-                f"{type(part).__name__} caps its attention scores, which `sdpa` does not: it computes with `eager` attention."
+                f"{type(capped).__name__} caps its attention scores, which `sdpa` does not: it computes with `eager` attention."
             )
 
 
 def caps_scores(model: nn.Module) -> bool:
     """Whether attention scores of the model have a soft cap, as those of Gemma 2 have."""
-    return next(_capped_parts(model), None) is not None
+    return next(_capped_models(model), None) is not None
 
 
-def _capped_parts(model: nn.Module) -> Iterator[PreTrainedModel]:
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and getattr(part.config, "attn_logit_softcapping", None) is not None:
-            yield part
+def _capped_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    for capped in model.modules():
+        if isinstance(capped, PreTrainedModel) and getattr(capped.config, "attn_logit_softcapping", None) is not None:
+            yield capped

@@ -56,7 +56,7 @@ def refuse_without_processor(model: nn.Module) -> None:
 
 def _position_helper(base: PreTrainedModel) -> Callable[..., tuple[Any, Any]] | None:
     """`get_rope_index` of a model that has the model's config and nothing else: loader workers call it."""
-    owner = next((part for part in (base, base.base_model) if hasattr(part, "get_rope_index")), None)
+    owner = next((module for module in (base, base.base_model) if hasattr(module, "get_rope_index")), None)
     if owner is None:
         return None
     skeleton: Any = object.__new__(type(owner))
@@ -97,7 +97,7 @@ def _behind_features(config: PretrainedConfig, tower: nn.Module) -> list[nn.Para
     """Weights of a tower whose last layer is not the one that gives the features (LLaVA's is the last but one): no loss depends
     on them, and several ranks would wait for their gradients."""
     of = getattr(config, "vision_feature_layer", None)
-    layers = next((part for part in tower.modules() if isinstance(part, nn.ModuleList)), None)
+    layers = next((module for module in tower.modules() if isinstance(module, nn.ModuleList)), None)
     if of is None or layers is None:
         return []
     used = max(n if n >= 0 else len(layers) + 1 + n for n in ([of] if isinstance(of, int) else of))
@@ -137,6 +137,6 @@ def trains_vision(model: nn.Module) -> bool:
     if vision_tower(model) is None:
         return False
     language = {
-        id(p) for part in (base.get_decoder(), base.get_output_embeddings()) if part for p in part.parameters()
+        id(p) for module in (base.get_decoder(), base.get_output_embeddings()) if module for p in module.parameters()
     }
     return any(p.requires_grad and id(p) not in language for p in base.parameters())

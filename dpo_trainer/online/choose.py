@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..distributed.engines import cuts_weights
+from ..distributed.engines import shards_weights
 from ..models.soft_caps import caps_scores
 from ..models.unwrap import base_model
 from .config import OnlineDPOConfig
@@ -28,7 +28,7 @@ def check_sampler(args: OnlineDPOConfig, ref_model: Any, generator: Any) -> None
     Raises:
         ValueError: where what samples would not have the whole policy, or not the reference.
     """
-    if cuts_weights(args) and generator is None:
+    if shards_weights(args) and generator is None:
         raise ValueError(
             "Sampling by transformers needs the whole model on every process, and FSDP and ZeRO-3 cut it: use DDP or ZeRO-1/2 "
             "(accelerate_configs/), or a generator of your own."

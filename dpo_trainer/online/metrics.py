@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..data.stream import FILLER_ID
+from ..data.stream import PADDING_ROW_ID
 from ..metrics import METRICS, Metric, StepParts
 from ..types import widest_float
 from .feedback.protocol import Scores
@@ -43,7 +43,7 @@ def _entropy(parts: StepParts) -> Tensor:
 
 def _sampled(parts: StepParts) -> Tensor:
     """[N] 0 for a pair that only fills its batch."""
-    return (parts.batch.example_ids != FILLER_ID).float()
+    return (parts.batch.example_ids != PADDING_ROW_ID).float()
 
 
 ONLINE_METRICS: dict[str, Metric] = METRICS | {"objective/kl": _kl, "objective/entropy": _entropy}

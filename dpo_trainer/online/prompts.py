@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from ..data.caching import map_cached
 from ..data.errors import bad
-from ..data.files.files import AnyDataset
-from ..data.files.given import Rows, datasets_of, refuse_columns
+from ..data.files.dataset_inputs import Rows, datasets_of, refuse_columns
+from ..data.files.local_files import AnyDataset
 from ..data.images.source import IMAGES, REFUSED, images_of
 from ..data.images.text import is_processor
 from ..data.rows.messages import image_count, read_messages

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..data.rows.messages import without_none
-from ..data.stream import FILLER_ID
+from ..data.stream import PADDING_ROW_ID
 from ..losses.options import is_number
 from .config import OnlineDPOConfig
 from .feedback.protocol import Feedback, FeedbackUnavailable, Scores
@@ -131,7 +131,7 @@ def _with_answers(row: dict[str, Any], answers: list[Completion]) -> Sampled:
         prompt_ids=row["prompt_ids"],
         completions=answers,
         columns={name: value for name, value in row.items() if name not in ("prompt", *OURS)},
-        weight=0.0 if row["example_id"] == FILLER_ID else 1.0,
+        weight=0.0 if row["example_id"] == PADDING_ROW_ID else 1.0,
     )
 
 

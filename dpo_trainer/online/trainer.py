@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from ..data.batches.padding_rows import unweigh_fillers
-from ..data.files.given import Rows
-from ..data.stream import FILLER_ID
+from ..data.batches.padding_rows import mask_padding_rows
+from ..data.files.dataset_inputs import Rows
+from ..data.stream import PADDING_ROW_ID
 from ..data.tokens.dates import dated
 from ..data.tokens.tokenize import tokenize_prompts
 from ..models.positions import table_of_positions, window_of
@@ -205,12 +205,14 @@ class OnlineDPOTrainer(DPOTrainer):
             "row": torch.arange(len(rows)),
         }
         how: Any = {"rows_per_rank": rows_per_rank, "drop_last": self.args.dataloader_drop_last}
-        real = unweigh_fillers(places, self.accelerator, **how).tolist()
-        return [row if is_real else row | {"example_id": FILLER_ID} for row, is_real in zip(rows, real, strict=True)]
+        real = mask_padding_rows(places, self.accelerator, **how).tolist()
+        return [
+            row if is_real else row | {"example_id": PADDING_ROW_ID} for row, is_real in zip(rows, real, strict=True)
+        ]
 
     def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
         """They weigh nothing since they were drawn."""
-        return [part["example_ids"] != FILLER_ID for part in micro_batches(inputs)]
+        return [part["example_ids"] != PADDING_ROW_ID for part in micro_batches(inputs)]
 
     @property
     def beta(self) -> float:

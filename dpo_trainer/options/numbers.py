@@ -17,26 +17,26 @@ class Bounds:
     least: float = 0.0
     above_least: bool = False
     below: float = math.inf
-    whole: bool = False
+    integer: bool = False
     none: str = ""
     also: tuple[Any, ...] = ()  # values outside of the bounds that mean something
 
     def allow(self, value: Any) -> bool:
         if value is None or value in self.also:
             return value is not None or bool(self.none)
-        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+        if isinstance(value, bool) or not isinstance(value, int if self.integer else int | float):
             return False
         return (self.least < value if self.above_least else self.least <= value) and value < self.below
 
     def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
+        kind = "a whole number" if self.integer else "a number"
         bound = f"above {self.least:g}" if self.above_least else f"of at least {self.least:g}"
         below = "" if self.below == math.inf else f" and below {self.below:g}"
         others = "".join(f", or {value}" for value in self.also)
         return f"{kind} {bound}{below}{others}{f', or None ({self.none})' if self.none else ''}"
 
 
-COUNT = Bounds(least=1, whole=True)
+COUNT = Bounds(least=1, integer=True)
 STEPS = Bounds(above_least=True)  # below 1: a share of all steps
 RATE = Bounds(below=1)
 
@@ -44,11 +44,11 @@ BOUNDS = {
     "gradient_accumulation_steps": COUNT,
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
-    "eval_accumulation_steps": Bounds(least=1, whole=True, none="all at the end"),
-    "save_total_limit": Bounds(least=1, whole=True, none="keep all"),
-    "max_steps": Bounds(least=1, whole=True, also=(-1,)),
+    "eval_accumulation_steps": Bounds(least=1, integer=True, none="all at the end"),
+    "save_total_limit": Bounds(least=1, integer=True, none="keep all"),
+    "max_steps": Bounds(least=1, integer=True, also=(-1,)),
     "num_train_epochs": Bounds(above_least=True),
-    "dataloader_num_workers": Bounds(whole=True),
+    "dataloader_num_workers": Bounds(integer=True),
     "max_skipped_steps": COUNT,
     "learning_rate": Bounds(),
     "weight_decay": Bounds(),

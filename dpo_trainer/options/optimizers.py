@@ -103,8 +103,8 @@ def _make(config: TrainingArguments) -> None:
     try:
         _class_and_settings(config)
     except Exception as error:  # of whatever package
-        given = f"--optim {config.optim.value}" + (f" --optim_args {config.optim_args}" if config.optim_args else "")
+        value = f"--optim {config.optim.value}" + (f" --optim_args {config.optim_args}" if config.optim_args else "")
         raise ValueError(
-            f"{given} cannot be used here ({type(error).__name__}: {error}). Install or correct that, or take an optimizer that "
+            f"{value} cannot be used here ({type(error).__name__}: {error}). Install or correct that, or take an optimizer that "
             f"needs no package: {', '.join(OF_TORCH)}."
         ) from error

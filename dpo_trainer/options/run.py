@@ -27,7 +27,7 @@ class RunOptions(TrainingArguments):
             "auto",
             "flat",
             "padded",
-            help="How a batch meets the model: all pairs in one row, each prompt once, no padding (flat); one padded row "
+            help="How a batch is laid out: all pairs in one packed row, each prompt once, no padding (flat); one padded row "
             "per completion (padded); or flat where the model allows it, verified on the first batch (auto).",
         ),
     )
@@ -80,7 +80,7 @@ class RunOptions(TrainingArguments):
     force_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Train although another process trains or saves in --output_dir, which is an error otherwise: checkpoints can become a "
+            "help": "Train even if another process trains or saves in --output_dir. Checkpoints can then become a "
             "mix of both runs."
         },
     )
@@ -140,7 +140,7 @@ def check_nonfinite(config: RunOptions) -> None:
     most, default = config.max_skipped_steps, type(config).max_skipped_steps
     if config.nonfinite != "skip" and most != default:
         raise ValueError(
-            f"--max_skipped_steps {most} would be ignored: steps are left out with --nonfinite skip alone. Add it, or leave this out."
+            f"--max_skipped_steps {most} would be ignored: steps are skipped only with --nonfinite skip. Add it, or leave this out."
         )
 
 
@@ -237,8 +237,8 @@ def check_sampling(config: RunOptions, train_dataset: Any) -> None:
     """Once the data is there: transformers would say in its log that it ignores this."""
     if config.train_sampling_strategy in ("group_by_length", "batch_rebalance") and not has_length(train_dataset):
         raise ValueError(
-            f"--train_sampling_strategy {config.train_sampling_strategy} orders rows by their length, and nobody knows those of a "
-            "stream before they are read: leave it out, or load the data without --streaming."
+            f"--train_sampling_strategy {config.train_sampling_strategy} orders rows by their length, and the lengths of a "
+            "stream are unknown before it is read: leave it out, or load the data without --streaming."
         )
 
 
@@ -249,12 +249,12 @@ def resolve_dispatch(config: RunOptions) -> None:
 
 def resolve_transfers(config: RunOptions) -> None:
     """Batches go to a GPU from pinned memory without being waited for, unless `accelerator_config` says how they go."""
-    given: Any = config.accelerator_config
-    if isinstance(given, str) and given.startswith("{"):
-        given = json.loads(given)
+    value: Any = config.accelerator_config
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
     pinned = config.dataloader_pin_memory and torch.cuda.is_available() and not config.use_cpu
-    if pinned and (given is None or isinstance(given, dict)):
-        config.accelerator_config = {"non_blocking": True, **(given or {})}
+    if pinned and (value is None or isinstance(value, dict)):
+        config.accelerator_config = {"non_blocking": True, **(value or {})}
 
 
 def _computes_in_bfloat16(on_cpu: bool) -> bool:

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from ..distributed.sharding import is_cut
+from ..distributed.sharding import is_sharded
 from ..storage.folders import cache_folder
 from ..types import PairBatch, PairLogps, TokenLogps
 from .cache import Record, Store, keep_within
@@ -71,7 +71,7 @@ class CachedReference(Reference):
         return _as_logps(records, batch)
 
     def _compute_missing(self, policy: nn.Module, batch: PairBatch) -> list[Record]:
-        cut = any(map(is_cut, policy.parameters()))  # other ranks lack nothing, and would not answer
+        cut = any(map(is_sharded, policy.parameters()))  # other ranks lack nothing, and would not answer
         if self.source is None or cut:
             why = "an engine has cut the model between ranks" if cut else "the reference is no longer in memory"
             raise ValueError(

@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..distributed.sharding import is_cut
+from ..distributed.sharding import is_sharded
 from ..models.unwrap import base_model, evaluation_mode
 
 ROUNDING = 1e-5
@@ -35,7 +35,7 @@ def begins_at_zero(model: PeftModel, adapter: str) -> bool:
 def _same_as_base(layer: Any, config: Any) -> bool:
     below = layer.get_base_layer()
     inputs = _inputs(below)
-    if inputs is None or any(p.is_meta or is_cut(p) for p in layer.parameters()):
+    if inputs is None or any(p.is_meta or is_sharded(p) for p in layer.parameters()):
         return getattr(config, "init_lora_weights", True) in (True, "gaussian")
     with torch.no_grad(), evaluation_mode(layer):
         try:

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..distributed.sharding import is_cut, shape_of, whole
+from ..distributed.sharding import gathered, is_sharded, shape_of
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -27,26 +27,26 @@ def digests(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
             )
         if tensor.is_meta:
             raise WeightsElsewhere(not_here(name, "is on the meta device (offloaded, or never loaded)"))
-        if hasattr(tensor, "__tensor_flatten__") and not is_cut(tensor):
+        if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
             raise WeightsElsewhere(not_here(name, f"is a {type(tensor).__name__}, spread or packed"))
     places = {name: _place(tensor) for name, tensor in tensors.items()}
     distinct = {places[name]: tensor for name, tensor in tensors.items()}
     with ThreadPoolExecutor(THREADS) as pool:
         # Collectives come in one order, from the main thread.
-        each = map if any(map(is_cut, distinct.values())) else pool.map
+        each = map if any(map(is_sharded, distinct.values())) else pool.map
         hashes = dict(zip(distinct, each(_digest, distinct.values()), strict=True))
     return {name: [str(t.dtype), list(shape_of(t)), hashes[places[name]]] for name, t in tensors.items()}
 
 
 def _place(tensor: Tensor) -> Any:
     """The same for two tensors of the same numbers in memory."""
-    if is_cut(tensor):  # a rank's part may be empty, and then says nothing
+    if is_sharded(tensor):  # a rank's part may be empty, and then says nothing
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _digest(tensor: Tensor) -> str:
-    with whole(tensor) as full:
+    with gathered(tensor) as full:
         numbers = full.detach().cpu().contiguous()
     row = numbers.as_strided([numbers.numel()], [1])  # with 0 or 1 numbers, "contiguous" says nothing about strides
     return xxhash.xxh3_128_hexdigest(row.view(torch.uint8).numpy().data)  # NumPy has no bfloat16

@@ -15,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..distributed.sharding import kept, shape_of, whole
+from ..distributed.sharding import gathered, kept, shape_of
 from ..scoring.logprobs import Scorer
 from .strategies import FrozenModel, NamedAdapter
 from .twins import twins
@@ -104,7 +104,7 @@ def mix(reference: Tensor, policy: Tensor, alpha: float) -> None:
     Computed in the wider dtype and rounded once: in the narrower one the two would be rounded before they are compared.
     Collective where an engine has cut the two: they are whole one after the other.
     """
-    with whole(policy) as live, whole(reference, write=True) as own:
+    with gathered(policy) as live, gathered(reference, write=True) as own:
         wide = torch.promote_types(own.dtype, live.dtype)
         mixed = own.to(wide).lerp_(live.to(own.device, wide), alpha)  # `to` copies nothing where none is needed
         if mixed is not own:
@@ -160,5 +160,5 @@ def _restore(weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
             "the reference and the adapter settings that it was written with."
         )
     for name, weight in weights.items():
-        with whole(weight, write=True) as own:
+        with gathered(weight, write=True) as own:
             own.copy_(state[name])

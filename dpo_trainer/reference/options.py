@@ -10,7 +10,7 @@ from ..registry import check_at_least
 
 @dataclass
 class ReferenceOptions:
-    """Which reference, whether its log-probs are computed ahead, whether it moves. docs/references.md."""
+    """Options of the reference: which model, whether its log-probs are precomputed, whether it moves. docs/references.md."""
 
     # --- the reference ---
     reference_free: bool = field(
@@ -46,21 +46,21 @@ class ReferenceOptions:
     ref_cache_quota: float = field(
         default=50.0,
         metadata={
-            "help": "Most gigabytes of --ref_cache_dir, > 0. Beyond it, references that were not used for longest are deleted."
+            "help": "Most gigabytes of --ref_cache_dir, > 0. Beyond it, the least recently used references are deleted."
         },
     )
     use_separate_reference_adapter: bool | None = field(
         default=None,
         metadata={
-            "help": "What is the reference of an adapter: a frozen copy of it (true), or the model below it (false). "
-            "Default: the copy for an adapter that was trained before, the model below for a new one.",
+            "help": "The reference of an adapter: a frozen copy of the adapter (true), or its base model (false). "
+            "Default: the copy for an adapter that was trained before, the base model for a new adapter.",
             "nargs": "?",
             "const": True,
         },
     )
     sync_ref_model: bool = field(
         default=False,
-        metadata={"help": "Let the reference follow the policy (TR-DPO): mix the policy into it now and then."},
+        metadata={"help": "Move the reference towards the policy at intervals (TR-DPO)."},
     )
     ref_model_mixup_alpha: float | None = field(
         default=None,
@@ -97,26 +97,25 @@ def _check_cache(config: ReferenceOptions) -> None:
         of_cache = name.startswith("ref_cache_") or name == "precompute_ref_max_tokens"
         if of_cache and value != option.default:
             raise ValueError(
-                f"--{name} {value} would be ignored: there is a cache with --precompute_ref_log_probs alone. Add it, or "
-                "leave this out."
+                f"--{name} {value} would be ignored without --precompute_ref_log_probs. Add that flag, or leave this out."
             )
 
 
 def _check_moving_reference(config: ReferenceOptions) -> None:
     """Refuse what contradicts a moving reference. The model has a say in `reference/`."""
     how = ("ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_sync_epochs")
-    given = [name for name in how if getattr(config, name) is not None]
+    set_options = [name for name in how if getattr(config, name) is not None]
     if not config.sync_ref_model:
-        if given:
+        if set_options:
             raise ValueError(
-                f"--{given[0]} {getattr(config, given[0])} would be ignored: the reference moves with --sync_ref_model "
-                "alone. Add it, or leave this out."
+                f"--{set_options[0]} {getattr(config, set_options[0])} would be ignored without --sync_ref_model. Add that "
+                "flag, or leave this out."
             )
         return
     if config.ref_model_sync_steps is not None and config.ref_model_sync_epochs is not None:
         raise ValueError(
             f"--ref_model_sync_steps {config.ref_model_sync_steps} and --ref_model_sync_epochs "
-            f"{config.ref_model_sync_epochs} both say when the reference moves: give one of them."
+            f"{config.ref_model_sync_epochs} both set when the reference moves: give only one of them."
         )
     alpha = config.ref_model_mixup_alpha
     if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha <= 1):

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..distributed.sharding import whole
+from ..distributed.sharding import gathered
 from ..models.unwrap import base_model, evaluation_mode
 from .beside_adapter import trained_in_base
 
@@ -93,7 +93,7 @@ def _copy_parameters(model: PeftModel, source: str, target: str) -> None:
     parameters = dict(model.named_parameters())
     for own, live in twins(model, source, target).items():
         if not parameters[own].is_meta:
-            with whole(parameters[live]) as wanted, whole(parameters[own], write=True) as weight:
+            with gathered(parameters[live]) as wanted, gathered(parameters[own], write=True) as weight:
                 weight.copy_(wanted)
 
 
@@ -119,5 +119,5 @@ def _compare(model: PeftModel, source: str, target: str) -> None:
 def _differ(one: Tensor, other: Tensor) -> bool:
     if one.is_meta or other.is_meta:
         return False
-    with whole(one) as a, whole(other) as b:
+    with gathered(one) as a, gathered(other) as b:
         return not torch.equal(a, b.to(a.device))

@@ -1,4 +1,4 @@
-"""Where what is kept between runs lies, how a file gets there, and whether it is still what was written.
+"""Cache folders: where they are, how files are written to them, and checksums that detect damage.
 
     rows.arrow
     rows.arrow.json     {"size": 123456, "xxh3_128": "...", "rows": 1000}
@@ -24,13 +24,13 @@ BLOCK = 8 << 20
 """Bytes that are read at a time."""
 
 
-def cache_folder(given: str | None, kind: str) -> Path:
-    """`given`, else $DPO_TRAINER_CACHE/kind, else $HF_HOME/dpo_trainer/kind. The folder is not created.
+def cache_folder(folder: str | None, kind: str) -> Path:
+    """`folder`, else $DPO_TRAINER_CACHE/kind, else $HF_HOME/dpo_trainer/kind. The folder is not created.
 
     HF_HOME is ~/.cache/huggingface unless set.
     """
-    if given:
-        return Path(given).expanduser()
+    if folder:
+        return Path(folder).expanduser()
     if own := os.environ.get("DPO_TRAINER_CACHE"):
         return Path(own).expanduser() / kind
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
@@ -38,18 +38,18 @@ def cache_folder(given: str | None, kind: str) -> Path:
 
 
 def write_text(file: Path, text: str) -> None:
-    """The file whole, or as it was.
+    """Write the file completely, or leave it unchanged.
 
     Raises:
         OSError: the disk refused.
     """
-    with naming(file), written_whole(file) as part:
+    with naming(file), atomic_write(file) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Around what writes a file: an error of the disk has its name, which the one of a full disk lacks, and the way out."""
+    """Add the file name and a remedy to the OSError of a write: the error of a full disk has no file name."""
     try:
         yield
     except OSError as error:
@@ -58,9 +58,9 @@ def naming(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(file: Path, about: dict[str, int] | None = None) -> Iterator[Path]:
-    """Where to write what shall be `file`, which is there whole or not at all: several workers, and several runs, may write the
-    same one.
+def atomic_write(file: Path, about: dict[str, int] | None = None) -> Iterator[Path]:
+    """Yield a temporary path, which is renamed to `file` at the end: readers never see an incomplete file, and several
+    workers or runs may write the same one.
 
     With `about`, counts that may be filled while it is written, it is sealed as well, before it has its name: a reader finds
     the old file with its new seal at most, and makes it anew as it would have."""
@@ -113,7 +113,7 @@ def _seal_of(file: Path) -> Path:
 
 def _write_seal(written: Path, file: Path, about: dict[str, int]) -> None:
     content = {"size": written.stat().st_size, "xxh3_128": _checksum(written), **about}
-    with written_whole(_seal_of(file)) as part:
+    with atomic_write(_seal_of(file)) as part:
         part.write_text(json.dumps(content))
 
 

@@ -15,9 +15,9 @@ from ..config import DPOConfig
 from ..data import DataOptions
 from ..data.images.inputs import ImageInputs
 from ..data.images.text import ImageText
-from ..distributed.engines import cuts_weights
+from ..distributed.engines import shards_weights
 from ..losses import Objective
-from ..models.adapter_kinds import refuse_adapter_kind
+from ..models.adapter_types import refuse_adapter_kind
 from ..models.adapters import (
     apply_peft,
     compute_as_in_training,
@@ -161,7 +161,7 @@ def _images(model: nn.Module, args: DPOConfig, processing_class: Any) -> ImageIn
             f"{type(base_model(model)).__name__} reads text alone: pass the tokenizer (processor.tokenizer)."
         )
     cache = str(cache_folder(None, "images")) if args.cache_processed_images else None
-    several = args.world_size > 1 and (trains_vision(model) or cuts_weights(args))
+    several = args.world_size > 1 and (trains_vision(model) or shards_weights(args))
     return ImageInputs(text, sight_of(model), cache=cache, always=several)
 
 
@@ -177,7 +177,7 @@ def _reference(
     if args.precompute_ref_log_probs and not objective.needs_reference:
         why = "--reference_free asks for none" if args.reference_free else "none of the losses in --loss_type has one"
         raise ValueError(f"--precompute_ref_log_probs is about a reference, but {why}: leave it off.")
-    cut = cuts_weights(args)
+    cut = shards_weights(args)
     reference = choose_reference(
         model,
         ref_model,

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from ..config import DPOConfig
 from ..data import DataOptions, DataReport, Needs, prepare_mixture, report_table, write_reports
 from ..data.content import dataset_digest
-from ..data.files.files import AnyDataset
-from ..data.files.given import Rows, datasets_of, refuse_columns
+from ..data.files.dataset_inputs import Rows, datasets_of, refuse_columns
+from ..data.files.local_files import AnyDataset
 
 logger = logging.get_logger(__name__)
 

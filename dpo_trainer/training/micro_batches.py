@@ -56,13 +56,13 @@ def check_splits(args: DPOConfig, objective: Objective) -> None:
         )
 
 
-def keeps_ranks_in_step(args: DPOConfig, *, cuts_weights: bool) -> bool:
+def keeps_ranks_in_step(args: DPOConfig, *, shards_weights: bool) -> bool:
     """Whether all ranks must make as many passes: where each needs the weights of the others, or exchanges gradients with
     them, in every one. ZeRO-2 does, for it keeps a part of them alone; so does whoever asks for `sync_each_batch`."""
     zero = args.deepspeed_plugin
     exchanges = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
     exchanges = exchanges or (zero is not None and zero.zero_stage >= STAGE_OF_GRADIENTS)
-    return args.max_tokens_per_micro_batch is not None and args.world_size > 1 and (cuts_weights or exchanges)
+    return args.max_tokens_per_micro_batch is not None and args.world_size > 1 and (shards_weights or exchanges)
 
 
 def even_parts(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: Accelerator) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..distributed.sharding import is_cut
+from ..distributed.sharding import is_sharded
 
 SMALLEST = 64 * 1024
 """Bytes: what is smaller gains less memory than its copies take time."""
@@ -29,7 +29,7 @@ class ActivationsOnHost(saved_tensors_hooks):
 
     def __init__(self, model: nn.Module, tokens: int):
         held = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
-        self.storages = {tensor.untyped_storage()._cdata for tensor in held if not is_cut(tensor)}
+        self.storages = {tensor.untyped_storage()._cdata for tensor in held if not is_sharded(tensor)}
         matrices = {tuple(tensor.shape) for tensor in held if tensor.dim() > 1}
         self.shapes = {shape for shape in matrices | {m[::-1] for m in matrices} if tokens not in shape}
         super().__init__(self._to_host, self._back)

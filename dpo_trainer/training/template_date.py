@@ -16,7 +16,7 @@ from ..checkpointing.run_state import date_of_run
 from ..config import DPOConfig
 from ..data.processor import text_tokenizer
 from ..data.tokens.dates import checked_date, writes_date
-from ..storage.folders import cache_folder, written_whole
+from ..storage.folders import atomic_write, cache_folder
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,7 @@ def _remember(file: Path, date: str) -> None:
     if _recall(file) == date:
         return
     try:
-        with written_whole(file) as part:
+        with atomic_write(file) as part:
             part.write_text(date)
     except OSError:  # the cache says so itself where it cannot be written
         return

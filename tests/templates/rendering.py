@@ -101,7 +101,7 @@ def readings(kind: Kind) -> Iterator[Reading]:
             yield Reading(prompt, tuple(completions), plain=number == 0)
 
 
-def _spelt(message: Message, in_parts: bool, known_role: bool, without_null: bool, other_arguments: bool) -> Message:
+def _spelt(message: Message, in_blocks: bool, known_role: bool, without_null: bool, other_arguments: bool) -> Message:
     message = dict(message)
     if known_role:
         message["role"] = ALIASES.get(message["role"], message["role"])
@@ -110,7 +110,7 @@ def _spelt(message: Message, in_parts: bool, known_role: bool, without_null: boo
         content = "".join(part["text"] for part in content)
     if content is None and without_null:
         content = ""
-    message["content"] = [{"type": "text", "text": content}] if in_parts and content else content
+    message["content"] = [{"type": "text", "text": content}] if in_blocks and content else content
     if other_arguments and "tool_calls" in message:
         message["tool_calls"] = [_other_arguments(call) for call in message["tool_calls"]]
     return message

@@ -30,7 +30,7 @@ from PIL import ImageFile
 from transformers import ProcessorMixin
 
 from dpo_trainer.data import FEATURES, DataOptions, prepare_dataset, prepare_mixture
-from dpo_trainer.data.images.columns import alike
+from dpo_trainer.data.images.image_columns import alike
 from dpo_trainer.data.images.source import ImageAccess, images_of
 from dpo_trainer.data.images.text import ImageText
 from dpo_trainer.data.mapping import PairMapper

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ...types import MICRO_BATCHES, ImageBatch, Segments, TokenizedPair
 from ..content import completion_keys
+from ..errors import row_name
 from ..images.inputs import ImageInputs
 from ..images.source import images_of
-from ..rows.columns import PREPARED, TOKENIZED
+from ..rows.column_names import PREPARED, TOKENIZED
 from ..rows.schema import weight_from_row
 from ..rows.tokenized import example_id_from_row, ids_from_row
 from .packs import check_fits, even_places, flat_size, packed_places, padded_size, rounded_up
@@ -134,7 +135,7 @@ def read_row(row: Mapping[str, Any], place: int) -> TokenizedPair:
     """Checked like rows of token ids that are yet to be prepared: they may come from anywhere."""
     plain = {name: _plain(row.get(name)) for name in (*TOKENIZED, *PREPARED, "margin", "weight")}
     own_id = plain["example_id"]
-    where = f"Row {place if own_id is None else own_id} of the batch"
+    where = row_name(place if own_id is None else own_id, "the batch")
     own_id = example_id_from_row(plain, where)
     ids = ids_from_row(plain, where)
     chosen, rejected, *more = ids.completions

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...types import PairBatch, Preferred, Segments, Stretch, TokenizedPair
+from ...types import PairBatch, Preferred, Segments, Span, TokenizedPair
 from ..images.inputs import ImageInputs
 from .collate import inputs_of
 
@@ -94,9 +94,9 @@ def _flat_rows(batch: PairBatch, segments: Segments, places: Sequence[list[int]]
                 more_ids=tuple(more),
                 pairs=tuple(Preferred(c - numbers[0], r - numbers[0], margin) for (c, r, margin), *_ in own),
                 unscored=tuple(
-                    stretch
+                    masked
                     for number, span in enumerate(spans)
-                    for stretch in _unscored(number, span, places[numbers[number]])
+                    for masked in _unscored(number, span, places[numbers[number]])
                 ),
                 weight=own[0].weight,
                 images=next(images, ()),
@@ -122,7 +122,7 @@ def _spans(segments: Segments) -> list[list[tuple[int, int]]]:
     return [row for row in rows if len(row) > 1]  # what stands alone is the padding at the end
 
 
-def _unscored(number: int, span: tuple[int, int], states: list[int]) -> list[Stretch]:
+def _unscored(number: int, span: tuple[int, int], states: list[int]) -> list[Span]:
     """What lies between the scored tokens of a completion, given the states that predict those."""
     start, end = span
     # Behind its first token, the state stands right before; the first is predicted at the end of the prompt.

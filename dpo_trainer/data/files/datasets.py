@@ -9,9 +9,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .columns import parse_columns, rename_columns
-from .files import AnyDataset
-from .find import NUMBERS, load_splits
+from .local_files import AnyDataset
+from .locate import NUMBERS, load_splits
+from .renaming import parse_columns, rename_columns
 from .splits import hold_out, pick, use_share
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def load_dataset_splits(
     away from the training split (`test_split_size`: a share below 1, or a count), or else a split called "test".
     A map-style split gives rows drawn by `seed`, in their old order; a stream gives its first rows.
 
-    `columns`, {ours: theirs} or "ours=theirs,...", is for all of these rows (columns.py).
+    `columns`, {ours: theirs} or "ours=theirs,...", is for all of these rows (renaming.py).
     """
     check_one_source_of_eval_rows(test_split, test_split_size, eval_name_or_path)
     mapping = parse_columns(columns)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from ..rows.columns import READ
+from ..rows.column_names import READ
 from .text_files import check_text, open_text
 
 Row = dict[str, Any]

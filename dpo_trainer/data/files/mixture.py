@@ -17,9 +17,9 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from ...registry import did_you_mean
-from .columns import parse_columns
 from .datasets import FLAGS, Source, check_one_source_of_eval_rows, eval_rows
-from .files import AnyDataset
+from .local_files import AnyDataset
+from .renaming import parse_columns
 
 Entries: TypeAlias = "str | Sequence[str | Mapping[str, Any]]"
 

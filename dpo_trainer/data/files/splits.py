@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 
 from ...registry import did_you_mean
-from .files import AnyDataset
+from .local_files import AnyDataset
 from .origin import name_of, named
 
 

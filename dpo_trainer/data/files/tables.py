@@ -13,8 +13,9 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
-from ...storage.folders import damage, is_sealed, written_whole
-from ..rows.columns import PREPARED, TOKENIZED
+from ...storage.folders import atomic_write, damage, is_sealed
+from ..errors import row_name
+from ..rows.column_names import PREPARED, TOKENIZED
 from .column_types import JSON, as_array, column_type, has_floats, holds_nan, wider
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def _write(rows: Iterator[dict[str, Any]], types: dict[str, pa.DataType], path: 
     about: dict[str, int] = {"rows": 0}
     try:
         with (
-            written_whole(path, about) as part,
+            atomic_write(path, about) as part,
             pa.OSFile(str(part), "wb") as stream,
             pa.ipc.new_stream(stream, schema) as writer,
         ):
@@ -124,7 +125,7 @@ def _table(
         for row, value in enumerate(values, start=first_row) if dtype == JSON else ():
             if holds_nan(value):
                 raise ValueError(
-                    f"Row {row} of {', '.join(files)}, column {name!r}: NaN cannot stand in a column of different types. "
+                    f"{row_name(row, ', '.join(files))}, column {name!r}: NaN cannot stand in a column of different types. "
                     "Give a number, or null."
                 )
         try:

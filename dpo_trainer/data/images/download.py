@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub import constants
 
-from ...storage.folders import damage, is_sealed, remove_sealed, written_whole
+from ...storage.folders import atomic_write, damage, is_sealed, remove_sealed
 from .pixels import Unfit
 from .server import CORE, Limits, asked
 
@@ -37,7 +37,7 @@ def downloaded(url: str, *, private: bool = False) -> Path:
     file = folder / hashlib.sha256(url.encode()).hexdigest()
     if not _is_whole(file):
         content = _fetched(url, private)
-        with written_whole(file, {}) as part:
+        with atomic_write(file, {}) as part:
             part.write_bytes(content)
     return file
 

@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...storage.folders import written_whole
+from ...storage.folders import atomic_write
 from ...types import ImageBatch, ImageTensors, ModelSight, PairIds, TokenizedPair
-from ..errors import clean
+from ..errors import clean, row_name
 from .source import ImageSource
 from .text import ImageText, processed
 
@@ -53,7 +53,7 @@ class ImageInputs:
         """The row with its images processed. What is wrong with one of them is said with the row's name."""
         if all(isinstance(image, ImageTensors) for image in row.images):
             return row
-        where = f"Row {row.example_id} of the batch"
+        where = row_name(row.example_id, "the batch")
         self.text.check_features(PairIds(row.prompt_ids, []), self.text.sizes(row.images, where), where)
         images = tuple(self._load(image, f"{where}, image {number}") for number, image in enumerate(row.images))
         return replace(row, images=images)
@@ -226,7 +226,7 @@ def _read(path: Path) -> ImageTensors | None:
 
 def _write(path: Path, image: ImageTensors) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in image.tensors.items()}
-    with written_whole(path) as part:
+    with atomic_write(path) as part:
         save_file(tensors, part, metadata={"digest": f"{image.digest.hex()}:{_checksum(tensors)}"})
 
 

@@ -86,9 +86,9 @@ def _unfit(error: Exception) -> Unfit:
         return _bomb(found[0] if found else "too many")
     reason = clean(f"{type(error).__name__}: {error}")
     if isinstance(error, OSError) and error.errno is not None:
-        return Unfit(f"cannot be read ({reason})", "See to it that this process may read it")
+        return Unfit(f"cannot be read ({reason})", "Make it readable for this process")
     if "truncated" in str(error).lower():
-        return Unfit("is cut short", "Fetch the file again, or leave the row out")
+        return Unfit("is truncated", "Fetch the file again, or leave the row out")
     return Unfit(f"cannot be decoded ({reason})", "Fetch the file again, or leave the row out")
 
 
@@ -158,8 +158,8 @@ def _identified(stream: BinaryIO) -> PIL.Image.Image:
     if not head:
         raise Unfit("holds no bytes", "Fetch it again, or leave the row out")
     raise Unfit(
-        f"is no image that can be read here, or the mere beginning of one (it begins with {head[:8]!r})",
-        f"Read are {', '.join(formats)}",
+        f"is not a supported image, or only the beginning of one (it begins with {head[:8]!r})",
+        f"Supported formats: {', '.join(formats)}",
     )
 
 

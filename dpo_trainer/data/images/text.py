@@ -112,12 +112,12 @@ class ImageText:
     # --- chat templates ---
 
     @cached_property
-    def _takes_parts(self) -> bool:
+    def _takes_blocks(self) -> bool:
         """Whether the chat template reads contents as lists of parts: those of vision-language models do, or read both."""
         word = "wordtofind"
         try:
             text = self.tokenizer.apply_chat_template(
-                self._in_parts([{"role": "user", "content": word}]), tokenize=False
+                self._in_blocks([{"role": "user", "content": word}]), tokenize=False
             )
         except Exception:  # a template may raise anything
             return False
@@ -128,14 +128,14 @@ class ImageText:
         return text_tokenizer(self.processor)
 
     def for_template(self, messages: list[Message]) -> list[Message]:
-        return self._in_parts(messages) if self._takes_parts else messages
+        return self._in_blocks(messages) if self._takes_blocks else messages
 
-    def _in_parts(self, messages: Iterable[Message]) -> list[Message]:
-        def parts(content: Any) -> Any:
+    def _in_blocks(self, messages: Iterable[Message]) -> list[Message]:
+        def blocks(content: Any) -> Any:
             return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
         return [
-            {**message, "content": parts(message["content"])} if message.get("content") else message
+            {**message, "content": blocks(message["content"])} if message.get("content") else message
             for message in messages
         ]
 
@@ -251,8 +251,8 @@ class ImageText:
         """A hash of all that decides what an image becomes."""
         own = self.processor.image_processor.to_json_string()
         plain = {k: v for k, v in vars(self.processor).items() if isinstance(v, str | int | float | bool | None)}
-        parts = [type(self.processor).__qualname__, own, json.dumps(plain, sort_keys=True), transformers.__version__]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        blocks = [type(self.processor).__qualname__, own, json.dumps(plain, sort_keys=True), transformers.__version__]
+        return hashlib.blake2b(json.dumps(blocks).encode(), digest_size=16).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"processor": self.processor, "access": self.access}  # what is cached is made anew

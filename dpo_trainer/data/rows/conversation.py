@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ...types import Message, Pair
 from ..errors import bad
+from .column_aliases import columns_option
 from .implicit import split_messages
 from .messages import image_count, read_messages, roles_are_renamed, without_none, words_of
-from .other_names import columns_option
-from .parts import Parts
+from .row_fields import RowFields
 
 OURS = {
     *(set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}),
@@ -25,21 +25,21 @@ OURS = {
 """What `chat_template_kwargs` may not set: the pipeline does, or the tokenizer."""
 
 
-def pair_of_messages(row: Mapping[str, Any], parts: Parts, where: str) -> Pair:
-    if parts.prompt is None and all(isinstance(value, str) for value in parts.values.values()):
+def pair_of_messages(row: Mapping[str, Any], fields: RowFields, where: str) -> Pair:
+    if fields.prompt is None and all(isinstance(value, str) for value in fields.values.values()):
         raise bad(where, "system", "needs a prompt to stand before", "Give the prompt in a column of its own")
-    messages = {name: _turns(value, name == parts.prompt, where, name) for name, value in parts.values.items()}
-    completions = [messages[name] for name in parts.names]
-    if parts.prompt is None:
+    messages = {name: _turns(value, name == fields.prompt, where, name) for name, value in fields.values.items()}
+    completions = [messages[name] for name in fields.names]
+    if fields.prompt is None:
         prompt, *completions = _split(completions, where)
     else:
-        _check_asks(messages[parts.prompt], completions[0], parts.prompt, where)
-        prompt, *completions = _without_repeated_prompt(messages[parts.prompt], completions, row[parts.prompt])
-    for name, completion in zip(parts.names, completions, strict=True):
-        _check_completion(completion, where, name, parts.prompt)
+        _check_asks(messages[fields.prompt], completions[0], fields.prompt, where)
+        prompt, *completions = _without_repeated_prompt(messages[fields.prompt], completions, row[fields.prompt])
+    for name, completion in zip(fields.names, completions, strict=True):
+        _check_completion(completion, where, name, fields.prompt)
     prompt = _with_system(prompt, row.get("system"), where)
-    renamed = any(map(roles_are_renamed, parts.values.values()))
-    return Pair.of(prompt, completions, parts.pairs, roles_renamed=renamed, **_template_options(row, where))
+    renamed = any(map(roles_are_renamed, fields.values.values()))
+    return Pair.of(prompt, completions, fields.pairs, roles_renamed=renamed, **_template_options(row, where))
 
 
 def _turns(value: Any, is_prompt: bool, where: str, column: str) -> list[Message]:
@@ -49,13 +49,13 @@ def _turns(value: Any, is_prompt: bool, where: str, column: str) -> list[Message
 
 
 def _split(completions: list[list[Message]], where: str) -> tuple[list[Message], ...]:
-    parts = split_messages(*completions)
-    if not parts[0]:
+    split = split_messages(*completions)
+    if not split[0]:
         raise ValueError(
             f"{where}: 'chosen' and 'rejected' share no first turn that an assistant answers in both, so there is no "
             "prompt. Give the shared turns in a column 'prompt'."
         )
-    return parts
+    return split
 
 
 def _without_repeated_prompt(

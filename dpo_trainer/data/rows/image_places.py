@@ -40,15 +40,15 @@ def placed(pair: Pair, placeholder: str, where: str) -> Pair:
     if isinstance(pair.prompt, str):
         check_count(pair.prompt.count(placeholder), len(pair.images), where, f"{placeholder!r}")
         return pair
-    parts = sum(map(image_count, pair.prompt))
-    if parts == 0 and pair.images:
-        pair = replace(pair, prompt=_with_parts(pair.prompt, placeholder, len(pair.images), where))
+    blocks = sum(map(image_count, pair.prompt))
+    if blocks == 0 and pair.images:
+        pair = replace(pair, prompt=_with_image_blocks(pair.prompt, placeholder, len(pair.images), where))
     else:
-        check_count(parts, len(pair.images), where, '{"type": "image"}')
+        check_count(blocks, len(pair.images), where, '{"type": "image"}')
     return pair
 
 
-def _with_parts(prompt: list[Message], placeholder: str, images: int, where: str) -> list[Message]:
+def _with_image_blocks(prompt: list[Message], placeholder: str, images: int, where: str) -> list[Message]:
     for mark in (placeholder, USUAL):
         written = sum(words_of(message).count(mark) for message in prompt)
         if written:
@@ -68,8 +68,8 @@ def _with_parts(prompt: list[Message], placeholder: str, images: int, where: str
 
 def _split(text: str, mark: str) -> list[dict[str, str]]:
     """Parts of a message: what stands around each mark, and an image in its place."""
-    parts: list[dict[str, str]] = []
+    blocks: list[dict[str, str]] = []
     for number, words in enumerate(text.split(mark)):
-        parts += [{"type": "image"}] if number else []
-        parts += [{"type": "text", "text": words}] if words else []
-    return parts
+        blocks += [{"type": "image"}] if number else []
+        blocks += [{"type": "text", "text": words}] if words else []
+    return blocks

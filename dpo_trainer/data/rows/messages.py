@@ -57,12 +57,12 @@ def without_none(value: Any) -> Any:
 def words_of(message: Message) -> str:
     """What a message says, without its images."""
     content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return content if isinstance(content, str) else "".join(block.get("text", "") for block in content)
 
 
 def image_count(message: Message) -> int:
     content = message.get("content", "")
-    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)
+    return 0 if isinstance(content, str) else sum(block["type"] == "image" for block in content)
 
 
 def is_blank(completion: str | list[Message]) -> bool:
@@ -97,8 +97,10 @@ def _message(message: Any, where: str, column: str) -> Message:
         )
     _check_calls(message.get("tool_calls"), where, column)
     if isinstance(content, list):
-        parts = _joined([_part(part, where, column) for part in content])
-        message["content"] = parts if any(part["type"] == "image" for part in parts) else words_of({"content": parts})
+        blocks = _joined([_block(block, where, column) for block in content])
+        message["content"] = (
+            blocks if any(block["type"] == "image" for block in blocks) else words_of({"content": blocks})
+        )
         if role == "assistant" and not isinstance(message["content"], str):
             remedy = "A model that answers in words cannot learn it: move the image to a turn of the user"
             raise bad(where, column, "has an image in a turn of the assistant", remedy)
@@ -144,20 +146,20 @@ def _check_calls(calls: Any, where: str, column: str) -> None:
         raise bad(where, column, f"has tool_calls {calls!r:.80}", "Give a list of calls, each an object")
 
 
-def _joined(parts: list[dict[str, str]]) -> list[dict[str, str]]:
+def _joined(blocks: list[dict[str, str]]) -> list[dict[str, str]]:
     """Neighbouring texts as one: half a control token in each would be a whole one behind the chat template."""
     out: list[dict[str, str]] = []
-    for kind, same in groupby(parts, key=lambda part: part["type"]):
+    for kind, same in groupby(blocks, key=lambda block: block["type"]):
         run = list(same)
-        out += run if kind == "image" else [{"type": "text", "text": "".join(part["text"] for part in run)}]
+        out += run if kind == "image" else [{"type": "text", "text": "".join(block["text"] for block in run)}]
     return out
 
 
-def _part(part: Any, where: str, column: str) -> dict[str, str]:
+def _block(block: Any, where: str, column: str) -> dict[str, str]:
     """One of the parts of a message's content, without what a template need not see."""
-    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    kind = block.get("type", "text") if isinstance(block, Mapping) else type(block).__name__
     if kind == "image":
-        held = [key for key in part if key not in ("type", "text", "index")]
+        held = [key for key in block if key not in ("type", "text", "index")]
         if held:
             remedy = 'Put images into a column "images" of the row, in the order of their parts'
             raise bad(where, column, f"has an image part that holds {held[0]!r} itself", remedy)
@@ -169,6 +171,6 @@ def _part(part: Any, where: str, column: str) -> dict[str, str]:
             f"has a content part of type {kind!r}",
             "Only parts of type 'text' and 'image' can be used here",
         )
-    if not isinstance(part.get("text"), str):
+    if not isinstance(block.get("text"), str):
         raise bad(where, column, "has a text part without text", 'Give {"type": "text", "text": ...}')
-    return {"type": "text", "text": part["text"]}
+    return {"type": "text", "text": block["text"]}

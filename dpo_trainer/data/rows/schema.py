@@ -24,12 +24,12 @@ from typing import Any
 from ...types import Pair
 from ..errors import bad
 from ..images.source import images_of
-from .columns import OPTIONS, is_tokenized
+from .column_names import OPTIONS, is_tokenized
 from .conversation import pair_of_messages
 from .implicit import split_texts
 from .messages import without_none
-from .parts import Parts, find_parts, is_ranked
 from .ranking import is_number
+from .row_fields import RowFields, find_row_fields, is_ranked
 
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
 """Of a row that counts. float32 goes from 1e-38 to 3e38: room for sums over many rows, and for their products with losses."""
@@ -41,15 +41,15 @@ def form_of(row: Mapping[str, Any], where: str) -> str:
     """What kind of row this is, in a few words."""
     if is_tokenized(row):
         return "token ids"
-    parts = find_parts(row, where)
-    kind = "conversation" if _is_chat(row, parts) else "text"
-    if any(_is_sharegpt(value) for value in parts.values.values()):
+    fields = find_row_fields(row, where)
+    kind = "conversation" if _is_chat(row, fields) else "text"
+    if any(_is_sharegpt(value) for value in fields.values.values()):
         kind = "ShareGPT conversation"
     if is_ranked(row):
         return f"{kind}, ranked list"
-    if len(parts.names) > 2:
+    if len(fields.names) > 2:
         return f"{kind}, list of rejected"
-    return kind if parts.prompt else f"{kind}, implicit prompt"
+    return kind if fields.prompt else f"{kind}, implicit prompt"
 
 
 def pair_from_row(row: Mapping[str, Any], where: str) -> Pair:
@@ -58,20 +58,20 @@ def pair_from_row(row: Mapping[str, Any], where: str) -> Pair:
 
 
 def _pair(row: Mapping[str, Any], where: str) -> Pair:
-    parts = find_parts(row, where)
-    if _is_chat(row, parts):
-        return pair_of_messages(row, parts, where)
-    if all(SERIALIZED.match(text) for text in parts.values.values()):
+    fields = find_row_fields(row, where)
+    if _is_chat(row, fields):
+        return pair_of_messages(row, fields, where)
+    if all(SERIALIZED.match(text) for text in fields.values.values()):
         problem = "is the text of a list of messages, as a CSV file holds them"
-        raise bad(where, next(iter(parts.values)), problem, "Give lists: a .jsonl or .parquet file can hold them")
+        raise bad(where, next(iter(fields.values)), problem, "Give lists: a .jsonl or .parquet file can hold them")
     for option in OPTIONS:
         if not _is_empty_json(row.get(option)):
             raise bad(where, option, "is for conversations, and this row is text", "Give messages")
-    if parts.prompt is not None:
-        prompt, *completions = parts.values.values()
+    if fields.prompt is not None:
+        prompt, *completions = fields.values.values()
     else:
-        prompt, *completions = split_texts(*parts.values.values())
-    return Pair.of(prompt, completions, parts.pairs)
+        prompt, *completions = split_texts(*fields.values.values())
+    return Pair.of(prompt, completions, fields.pairs)
 
 
 def weight_from_row(row: Mapping[str, Any], where: str) -> float:
@@ -89,8 +89,8 @@ def weight_from_row(row: Mapping[str, Any], where: str) -> float:
     return float(weight)
 
 
-def _is_chat(row: Mapping[str, Any], parts: Parts) -> bool:
-    return "system" in row or any(not isinstance(value, str) for value in parts.values.values())
+def _is_chat(row: Mapping[str, Any], fields: RowFields) -> bool:
+    return "system" in row or any(not isinstance(value, str) for value in fields.values.values())
 
 
 def _is_sharegpt(value: Any) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ...types import ONE_PAIR, PairIds, Preferred, Stretch
+from ...types import ONE_PAIR, PairIds, Preferred, Span
 from ..errors import bad
-from .columns import TOKENIZED
+from .column_names import TOKENIZED
 from .ranking import is_number
 
 
@@ -18,7 +18,7 @@ def ids_from_row(row: Mapping[str, Any], where: str) -> PairIds:
     prompt, *completions = (_token_ids(row[column], where, column) for column in TOKENIZED)
     more = _list_of(row, "more_ids", where)
     completions += [_token_ids(ids, where, f"more_ids[{number}]") for number, ids in enumerate(more)]
-    pairs, unscored = _pairs(row, len(completions), where), _stretches(row, completions, where)
+    pairs, unscored = _pairs(row, len(completions), where), _unscored_spans(row, completions, where)
     ids = PairIds(prompt, completions, pairs, unscored)
     if not all(map(ids.scored, range(len(completions)))):
         raise bad(where, "unscored", "leaves a completion without a scored token", "Leave such rows out")
@@ -81,15 +81,15 @@ def _margins(value: Any, count: int, where: str) -> list[float | None]:
     return margins
 
 
-def _stretches(row: Mapping[str, Any], completions: list[list[int]], where: str) -> tuple[Stretch, ...]:
+def _unscored_spans(row: Mapping[str, Any], completions: list[list[int]], where: str) -> tuple[Span, ...]:
     """In order, none into another: each completion's are checked against the end of the one before."""
     value = _list_of(row, "unscored", where)
-    for stretch in value:
-        known = _integers(stretch, 3) and 0 <= stretch[0] < len(completions)
-        if not known or not 0 <= stretch[1] < stretch[2] <= len(completions[stretch[0]]):
-            raise bad(where, "unscored", f"holds {stretch!r:.40}", "Give (number of the completion, start, end)")
-    stretches = tuple((number, start, end) for number, start, end in sorted(value))
-    for (number, _, end), (following, start, _) in pairwise(stretches):
+    for span in value:
+        known = _integers(span, 3) and 0 <= span[0] < len(completions)
+        if not known or not 0 <= span[1] < span[2] <= len(completions[span[0]]):
+            raise bad(where, "unscored", f"holds {span!r:.40}", "Give (number of the completion, start, end)")
+    spans = tuple((number, start, end) for number, start, end in sorted(value))
+    for (number, _, end), (following, start, _) in pairwise(spans):
         if number == following and start < end:
             raise bad(where, "unscored", f"has stretches of completion {number} that overlap", "Join them")
-    return stretches
+    return spans

@@ -10,7 +10,7 @@ from ..errors import bad, clean
 from ..images.text import ImageText
 from ..rows.implicit import shared_length
 from .template_calls import CallForm, call_form, has_calls
-from .template_traits import Traits, in_parts, shared_text, traits
+from .template_traits import Traits, in_blocks, shared_text, traits
 
 
 class Rendering:
@@ -35,7 +35,7 @@ class Rendering:
 
     @cached_property
     def traits(self) -> Traits:
-        return traits(self.template, self.options, lambda messages, **how: self.plain(messages, as_given=True, **how))
+        return traits(self.template, self.options, lambda messages, **how: self.plain(messages, unchanged=True, **how))
 
     def _known_roles(self, messages: list[Message]) -> list[Message]:
         """`developer`, as newer data calls the system turn, where the template does not know it."""
@@ -52,18 +52,18 @@ class Rendering:
         calling = next(filter(has_calls, whole or [self.prompt]), None)
         return call_form(self.template, calling, self.plain) if calling else None
 
-    def plain(self, messages: list[Message], tools: Any = None, *, as_given: bool = False, **how: bool) -> str:
+    def plain(self, messages: list[Message], tools: Any = None, *, unchanged: bool = False, **how: bool) -> str:
         """The text of a conversation, its calls as they are."""
-        return self._apply(messages, tools or self.tools, as_given=as_given, tokenize=False, **how)
+        return self._apply(messages, tools or self.tools, unchanged=unchanged, tokenize=False, **how)
 
     def in_form(self, messages: list[Message]) -> list[Message]:
         """Contents as strings or as lists of parts, whichever the template reads."""
         if self.images is not None:
             return self.images.for_template(messages)
-        return in_parts(messages) if self.traits.takes_parts else messages
+        return in_blocks(messages) if self.traits.takes_blocks else messages
 
-    def _apply(self, messages: list[Message], tools: Any, *, as_given: bool = False, **how: Any) -> Any:
-        messages = messages if as_given else self.in_form(messages)
+    def _apply(self, messages: list[Message], tools: Any, *, unchanged: bool = False, **how: Any) -> Any:
+        messages = messages if unchanged else self.in_form(messages)
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **how, **self.options)
         except Exception as error:  # a template is a program of the model's author and may raise anything

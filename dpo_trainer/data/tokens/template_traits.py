@@ -15,7 +15,7 @@ QUESTION, ANSWER, MORE = "qz1zq", "qz2zq", "qz3zq"
 
 
 class Traits(NamedTuple):
-    takes_parts: bool = False  # a content must be a list of parts; a string is lost or refused
+    takes_blocks: bool = False  # a content must be a list of parts; a string is lost or refused
     opening: str = ""  # the generation prompt that it puts behind every conversation, asked for or not
     ends_turns: bool = True  # it writes something behind an answer
 
@@ -40,7 +40,7 @@ def shared_text(first: str, second: str) -> int:
     return min(cut, default=end)
 
 
-def in_parts(messages: list[Message]) -> list[Message]:
+def in_blocks(messages: list[Message]) -> list[Message]:
     """Each content that is a string as a list of one part."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -54,8 +54,8 @@ def _probe(render: Callable[..., str]) -> Traits:
     asked: list[Message] = [{"role": "user", "content": QUESTION}]
     answered = [*asked, {"role": "assistant", "content": ANSWER}]
     longer = [*answered, {"role": "user", "content": MORE}]
-    for takes_parts in (False, True):
-        form = in_parts if takes_parts else list
+    for takes_blocks in (False, True):
+        form = in_blocks if takes_blocks else list
         try:
             opened = render(form(asked), add_generation_prompt=True)
             texts = [render(form(messages)) for messages in (asked, answered, longer)]
@@ -64,7 +64,7 @@ def _probe(render: Callable[..., str]) -> Traits:
         if QUESTION in texts[0] and ANSWER in texts[1]:
             opening = _opening(opened, *texts)
             behind = texts[1][texts[1].rindex(ANSWER) + len(ANSWER) :].removesuffix(opening)
-            return Traits(takes_parts, opening, bool(behind.strip()) or "\n\n" in behind)
+            return Traits(takes_blocks, opening, bool(behind.strip()) or "\n\n" in behind)
     return Traits()
 
 

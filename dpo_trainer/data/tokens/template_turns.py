@@ -72,7 +72,7 @@ def _turn_start(row: Rendering, before: list[Message], whole: Any) -> Any:
 
 def _marked(row: Rendering, completion: list[Message], start: str, whole: str) -> list[int]:
     messages = row.joined(completion)
-    (plain,), (stretches,) = render_jinja_template(
+    (plain,), (spans,) = render_jinja_template(
         [row.in_form(row.with_calls(messages))],
         tools=row.tools,
         chat_template=row.template,
@@ -80,14 +80,14 @@ def _marked(row: Rendering, completion: list[Message], start: str, whole: str) -
         **{**row.tokenizer.special_tokens_map, **row.options},
     )
     bos = max(0, len(whole) - len(plain))  # that no template wrote
-    found = [(bos + begin, min(bos + end, len(whole))) for begin, end in stretches if bos + end > len(start)]
+    found = [(bos + begin, min(bos + end, len(whole))) for begin, end in spans if bos + end > len(start)]
     if not found:
         return [len(start), len(start)]
     # What the marker holds of the generation prompt is no more the model's in a later turn than in the first.
     opened = start[found[0][0] :]
     later = [(begin + shared_length(opened, whole[begin:end]), end) for begin, end in found[1:]]
     first = (max(found[0][0], len(start)), found[0][1])
-    return [edge for stretch in [first, *later] for edge in stretch]
+    return [edge for span in [first, *later] for edge in span]
 
 
 def _cannot_tell(row: Rendering, number: int) -> ValueError:
@@ -100,12 +100,12 @@ def _cannot_tell(row: Rendering, number: int) -> ValueError:
     return row.error(number, problem, remedy)
 
 
-def _outside(stretches: list[int], others: list[int], text: str) -> str:
+def _outside(spans: list[int], others: list[int], text: str) -> str:
     """What lies in the stretches and not in the others, without white space. Both list where each begins and ends, in turn."""
     covered = [False] * len(text)
     for begin, end in zip(others[::2], others[1::2]):
         covered[begin:end] = [True] * (end - begin)
     inside = "".join(
-        text[at] for begin, end in zip(stretches[::2], stretches[1::2]) for at in range(begin, end) if not covered[at]
+        text[at] for begin, end in zip(spans[::2], spans[1::2]) for at in range(begin, end) if not covered[at]
     )
     return inside.strip()

@@ -60,17 +60,19 @@ def lost_words(messages: list[Message], text: str) -> list[int]:
     Reasoning inside a content may come out with other tags, or its opening tag stand in the generation prompt.
     """
     return [
-        number for number, message in enumerate(messages) if not all(_is_said(text, part) for part in _texts(message))
+        number
+        for number, message in enumerate(messages)
+        if not all(_is_written(text, block) for block in _texts(message))
     ]
 
 
 def _texts(message: Message) -> list[str]:
     """The texts of a content, between which images may stand."""
     content = message.get("content", "")
-    return [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return [content] if isinstance(content, str) else [block.get("text", "") for block in content]
 
 
-def _is_said(text: str, content: str) -> bool:
+def _is_written(text: str, content: str) -> bool:
     return says(text, content) or all(says(text, piece) for piece in _pieces(content))
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...types import ONE_PAIR, Flag, Pair, PairIds, Stretch, Text
+from ...types import ONE_PAIR, Flag, Pair, PairIds, Span, Text
 from ..errors import clean
 from ..images.text import ImageText
 from ..rows.implicit import shared_length
 from ..rows.messages import is_blank
 from .encode import encode_from_one_head
-from .ends import Ends
 from .render import Rendered, control_tokens, render, render_prompt
 from .rendering import completion_name
+from .special_tokens import SpecialTokens
 
 
 def tokenize_pairs(
@@ -39,8 +39,8 @@ def tokenize_pairs(
     control = None if allow_special_tokens_in_text else control_tokens(tokenizer)
     rows = [render(pair, tokenizer, row, control, images) for pair, row in zip(pairs, where, strict=True)]
     ids = _encode_all(tokenizer, rows, where, allow_special_tokens_in_text)
-    ends = Ends.of(tokenizer)
-    out = [_pair_ids(*row, ends) for row in zip(pairs, rows, ids, where, strict=True)]
+    special = SpecialTokens.of(tokenizer)
+    out = [_pair_ids(*row, special) for row in zip(pairs, rows, ids, where, strict=True)]
     return out if images is None else [images.guarded(row, at) for row, at in zip(out, where, strict=True)]
 
 
@@ -51,9 +51,9 @@ def tokenize_prompts(
     control = None if allow_special_tokens_in_text else control_tokens(tokenizer)
     rows = [render_prompt(prompt, tokenizer, row, control) for prompt, row in zip(prompts, where, strict=True)]
     encoded = _encode_all(tokenizer, rows, where, allow_special_tokens_in_text)
-    ends = Ends.of(tokenizer)
+    special = SpecialTokens.of(tokenizer)
     return [
-        _prompt_ids(row, ids[0], ends) or [ends.bos_instead_of_prompt(at)]
+        _prompt_ids(row, ids[0], special) or [special.bos_instead_of_prompt(at)]
         for row, ids, at in zip(rows, encoded, where)
     ]
 
@@ -70,10 +70,10 @@ def _encode_all(tokenizer: Any, rows: list[Rendered], where: Sequence[str], allo
     return ids
 
 
-def _prompt_ids(texts: Rendered, ids: list[int], ends: Ends) -> list[int]:
+def _prompt_ids(texts: Rendered, ids: list[int], special: SpecialTokens) -> list[int]:
     if texts.templated:
         return ids
-    return ends.without_own_eos(ends.without_second_bos(ids), f"{texts.prompt}", as_text=texts.control_text)
+    return special.without_own_eos(special.without_second_bos(ids), f"{texts.prompt}", as_text=texts.control_text)
 
 
 def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: bool) -> list[list]:
@@ -90,12 +90,12 @@ def _encode_rows(tokenizer: Any, rows: list[Rendered], where: list[str], **how: 
     return [next(ids) if isinstance(row.prompt, str) else row.all for row in rows]
 
 
-def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, ends: Ends) -> PairIds:
+def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, special: SpecialTokens) -> PairIds:
     """Cut the tokenized texts of a row at the boundary that they share."""
     count = len(pair.completions)
-    prompt = _prompt_ids(texts, ids[0], ends)
+    prompt = _prompt_ids(texts, ids[0], special)
     if not texts.templated:
-        ids = [ends.without_second_bos(text) for text in ids]
+        ids = [special.without_second_bos(text) for text in ids]
     wholes, edges = ids[1 : 1 + count], iter(ids[1 + count :])
     blank = [is_blank(completion) for completion in pair.completions]
     end = _shared_end(prompt, wholes, blank)
@@ -105,9 +105,9 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, end
             "prompt. Use a template that keeps the prompt in front of the answer."
         )
     unscored = tuple(
-        stretch
+        span
         for number, of_completion in enumerate(texts.edges)
-        for stretch in _unscored(number, wholes[number], [next(edges) for _ in of_completion], prompt, end)
+        for span in _unscored(number, wholes[number], [next(edges) for _ in of_completion], prompt, end)
     )
     flags = (
         Flag.MERGED_BOUNDARY * (end < len(prompt))
@@ -115,13 +115,13 @@ def _pair_ids(pair: Pair, texts: Rendered, ids: list[list[int]], where: str, end
         | Flag.TIED * (not pair.pairs)
         | texts.flags
     )
-    prompt = prompt[:end] or [ends.bos_instead_of_prompt(where)]
-    flags |= Flag.EMPTY_PROMPT * (prompt == [ends.bos])
+    prompt = prompt[:end] or [special.bos_instead_of_prompt(where)]
+    flags |= Flag.EMPTY_PROMPT * (prompt == [special.bos])
     completions = [whole[end:] for whole in wholes]
     for number, text in enumerate(pair.completions):
         if not (texts.templated or blank[number]):
             at = f"{where}, column {completion_name(number, count)!r}"
-            completions[number] = ends.ended(completions[number], f"{text}", at)
+            completions[number] = special.ended(completions[number], f"{text}", at)
     row = PairIds(prompt, completions, pair.pairs or ONE_PAIR, unscored, flags)
     if not any(blank):
         return row
@@ -134,7 +134,7 @@ def _shared_end(prompt: list[int], wholes: list[list[int]], blank: list[bool]) -
     return min(shared_length(prompt, whole) for whole in says or wholes)
 
 
-def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt: list[int], end: int) -> list[Stretch]:
+def _unscored(number: int, whole: list[int], edges: list[list[int]], prompt: list[int], end: int) -> list[Span]:
     """The tokens of a completion outside the stretches that `edges` begin and end, in turn; none without edges.
 
     The completion begins at `end` of the whole, where the prompt may not have ended yet: what it gave up to a token that

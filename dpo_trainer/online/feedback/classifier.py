@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...distributed.sharding import is_cut
+from ...distributed.sharding import is_sharded
 from ...models.load import DTYPES, load_tokenizer
 from ...models.names import fetch, where
 from ...models.soft_caps import keep_soft_caps
@@ -152,7 +152,7 @@ def _checked_object(model: Any) -> PreTrainedModel:
             f"A reward model must be a name or a transformers model, got a {type(model).__name__}. If it is an adapter on its base, "
             "give model.merge_and_unload()."
         )
-    if any(map(is_cut, model.parameters())):
+    if any(map(is_sharded, model.parameters())):
         raise ValueError("DeepSpeed ZeRO-3 has cut the reward model: load it before the config of the run is made.")
     return model
 

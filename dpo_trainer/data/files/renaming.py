@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from datasets import Dataset, IterableDataset
 
 from ...registry import did_you_mean
-from ..rows.columns import PREPARED, READ
+from ..errors import row_name
+from ..rows.column_names import PREPARED, READ
 from .origin import name_of
 
 logger = logging.getLogger(__name__)
@@ -27,13 +28,13 @@ WRITE = (
 T = TypeVar("T", Dataset, IterableDataset)
 
 
-def parse_columns(given: str | Mapping[str, str] | None, flag: str = "--columns") -> dict[str, str]:
+def parse_columns(columns: str | Mapping[str, str] | None, flag: str = "--columns") -> dict[str, str]:
     """{our name: theirs}, checked, from `ours=theirs,...`, a JSON object, or a mapping. `flag` names it in errors.
 
     A column of the dataset that shall not be read stands on the left, with nothing on the right (None or "" in a mapping):
     it comes back as {its name: ""}.
     """
-    pairs = _pairs(given, flag)
+    pairs = _pairs(columns, flag)
     if len(dict(pairs)) < len(pairs):
         names = [name for name, _ in pairs]
         double = next(name for name in names if names.count(name) > 1)
@@ -52,21 +53,21 @@ def parse_columns(given: str | Mapping[str, str] | None, flag: str = "--columns"
     return mapping
 
 
-def _pairs(given: str | Mapping[str, str] | None, flag: str) -> list[tuple[str, str]]:
-    if isinstance(given, str) and given.lstrip().startswith("{"):
+def _pairs(columns: str | Mapping[str, str] | None, flag: str) -> list[tuple[str, str]]:
+    if isinstance(columns, str) and columns.lstrip().startswith("{"):
         try:
-            return _names(json.loads(given, object_pairs_hook=list), flag)
+            return _names(json.loads(columns, object_pairs_hook=list), flag)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{flag} {given!r} is not valid JSON: {error}. {WRITE}") from error
-    if isinstance(given, str):
-        parts = [part.split("=") for part in given.split(",")]
-        pairs = [(part[0].strip(), part[1].strip()) for part in parts if len(part) == 2]
-        if len(pairs) < len(parts) or not all(ours for ours, _ in pairs):
-            raise ValueError(f"{flag} {given!r} cannot be read. {WRITE}")
+            raise ValueError(f"{flag} {columns!r} is not valid JSON: {error}. {WRITE}") from error
+    if isinstance(columns, str):
+        entries = [entry.split("=") for entry in columns.split(",")]
+        pairs = [(entry[0].strip(), entry[1].strip()) for entry in entries if len(entry) == 2]
+        if len(pairs) < len(entries) or not all(ours for ours, _ in pairs):
+            raise ValueError(f"{flag} {columns!r} cannot be read. {WRITE}")
         return pairs
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"{flag} is of type {type(given).__name__}. {WRITE}")
-    return _names(list((given or {}).items()), flag)
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ValueError(f"{flag} is of type {type(columns).__name__}. {WRITE}")
+    return _names(list((columns or {}).items()), flag)
 
 
 def _names(pairs: list[tuple[Any, Any]], flag: str) -> list[tuple[str, str]]:
@@ -126,7 +127,7 @@ class RowRenamer:
     def __call__(self, row: dict[str, Any], number: int) -> dict[str, Any]:
         for ours, theirs in self.mapping.items():
             if (theirs or ours) not in row:
-                raise ValueError(_no_column(self.flag, ours, theirs, f"Row {number} of {self.name}", list(row)))
+                raise ValueError(_no_column(self.flag, ours, theirs, row_name(number, self.name), list(row)))
         if number == 0:
             kept = {ours: theirs for ours, theirs in self.mapping.items() if theirs}
             replaced = [ours for ours in kept if ours in row and ours not in kept.values()]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import clean
-from .kinds import fits
+from .column_kinds import fits
 
 QUESTIONS = (
     *(

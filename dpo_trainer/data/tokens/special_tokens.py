@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class Ends(NamedTuple):
+class SpecialTokens(NamedTuple):
     """What a tokenizer begins and ends texts with, asked once: a tokenizer is slow to answer."""
 
     bos: int | None
@@ -13,7 +13,7 @@ class Ends(NamedTuple):
     eos_text: str
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Ends:
+    def of(cls, tokenizer: Any) -> SpecialTokens:
         return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token)
 
     def without_second_bos(self, ids: list[int]) -> list[int]:
@@ -22,8 +22,8 @@ class Ends(NamedTuple):
 
     def without_own_eos(self, prompt: list[int], text: str, *, as_text: bool) -> list[int]:
         """Without the EOS that the tokenizer put after a text; `as_text`: one in the text itself is not read as EOS."""
-        said = text.endswith(self.eos_text) and not as_text
-        return prompt[:-1] if prompt[-1 - said :] == [self.eos] * (1 + said) else prompt
+        written = text.endswith(self.eos_text) and not as_text
+        return prompt[:-1] if prompt[-1 - written :] == [self.eos] * (1 + written) else prompt
 
     def ended(self, completion: list[int], text: str, where: str) -> list[int]:
         """The completion with EOS at its end, as often as the text has it there, and at least once."""
@@ -33,11 +33,13 @@ class Ends(NamedTuple):
                 f"{where}: the tokenizer makes no token of {text[:40]!r}. Leave such rows out with dataset.filter, or use a "
                 "tokenizer that knows these characters."
             )
-        said = 0
-        while text.endswith(self.eos_text * (said + 1)):
-            said += 1
-        if completion[-said - 1 :] == [eos] * (said + 1):
-            return completion[:-1] if said else completion  # the text's own EOS, and the one that the tokenizer adds
+        written = 0
+        while text.endswith(self.eos_text * (written + 1)):
+            written += 1
+        if completion[-written - 1 :] == [eos] * (written + 1):
+            return (
+                completion[:-1] if written else completion
+            )  # the text's own EOS, and the one that the tokenizer adds
         return completion if completion[-1] == eos else [*completion, eos]
 
     def bos_instead_of_prompt(self, where: str) -> int:

@@ -14,7 +14,7 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from ...registry import did_you_mean
 from ...storage.hub import brief_without_network
-from .files import AnyDataset, reader_of, splits_of_file, splits_of_folder
+from .local_files import AnyDataset, reader_of, splits_of_file, splits_of_folder
 from .origin import named
 
 NUMBERS = ("weight", "margin")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import row_name
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,13 +47,13 @@ class Needs:
                 first = beyond.argmax()
                 model, way_out = self.smallest_model
                 raise ValueError(
-                    f"Row {numbers[first]} of {name} has the token id {largest_ids[first]}, and {model} has "
+                    f"{row_name(numbers[first], name)} has the token id {largest_ids[first]}, and {model} has "
                     f"{self.vocabulary_size} embeddings. Take the tokenizer of the model, or {way_out}."
                 )
         if self.positions is not None and (beyond := keep & (longest > self.positions)).any():
             first = beyond.argmax()
             raise ValueError(
-                f"Row {numbers[first]} of {name} has {longest[first]} tokens (prompt and one completion), and the model has positions "
+                f"{row_name(numbers[first], name)} has {longest[first]} tokens (prompt and one completion), and the model has positions "
                 f"for {self.positions} ({beyond.sum()} such rows here). Cut them by --max_length {self.positions}, or drop them by "
                 "--too_long drop beside it."
             )
@@ -59,7 +61,7 @@ class Needs:
             for of_row, used, number in zip(margins, keep, numbers, strict=True):
                 for margin in of_row or [None] if used else ():
                     if why := self.unusable_margin(margin):
-                        raise ValueError(f"Row {number} of {name}: {why}")
+                        raise ValueError(f"{row_name(number, name)}: {why}")
 
     def warn_beyond_window(self, longest: np.ndarray, keep: np.ndarray, numbers: np.ndarray, name: str) -> bool:
         """Say, once for all of them, that rows are longer than what the model was made for; whether there are such rows."""

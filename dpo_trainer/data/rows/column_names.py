@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from ..errors import clean
 from ..images.source import IMAGES, REFUSED
-from .kinds import fits
-from .other_names import columns_option, context_like, other_name, prompt_like, two_answers
+from .column_aliases import columns_option, context_like, other_name, prompt_like, two_answers
+from .column_kinds import fits
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def read_columns(columns: Iterable[str]) -> list[str]:
 
 
 def compared_columns(columns: Iterable[str]) -> list[str]:
-    """Those that are not read, but looked into: a row without a prompt may have it there (`other_names.py`)."""
+    """Those that are not read, but looked into: a row without a prompt may have it there (`column_aliases.py`)."""
     columns = list(columns)
     return [] if is_tokenized(columns) else [name for name in unread_columns(columns) if prompt_like(name)]
 
@@ -75,7 +75,7 @@ def announce_unread(columns: Iterable[str], where: str, kinds: Mapping[str, str]
 def check_columns(columns: Iterable[str], where: str, kinds: Mapping[str, str] | None = None) -> None:
     """Refuse columns that no form fits, and a misspelt `prompt`, which would silently make the prompt implicit.
 
-    `kinds` (kinds.py): what the columns hold, where it is known. No advice names a column of another kind.
+    `kinds` (column_kinds.py): what the columns hold, where it is known. No advice names a column of another kind.
     """
     columns = list(columns)
     if is_tokenized(columns) or set(RANKED) <= set(columns):
@@ -94,7 +94,7 @@ def check_columns(columns: Iterable[str], where: str, kinds: Mapping[str, str] |
     meant = None if set(PROMPTS) & set(columns) else other_name("prompt", _fitting("prompt", unread), cutoff=0.82)
     if meant is not None and not prompt_like(
         meant
-    ):  # the rows tell whether it is read: `other_names.refuse_lost_prompt`
+    ):  # the rows tell whether it is read: `column_aliases.refuse_lost_prompt`
         raise ValueError(
             f"{where} has no column 'prompt', but one that looks like it.{_meant({'prompt': meant})} Or leave it out: "
             f"--columns {columns_option({meant: ''})}."

@@ -56,16 +56,19 @@ def beside(rows: Dataset, images: Dataset) -> Dataset:
     place = np.zeros(len(images.data), dtype=np.int64)  # what stands beside an unseen image is unseen, too
     place[chosen] = np.arange(len(chosen))
     fingerprint = Hasher.hash([images._fingerprint, "whole"])
-    whole = Dataset(images.data, info=images.info.copy(), split=images.split, fingerprint=fingerprint)
-    return concatenate_datasets([flattened(rows.select(place)), whole], axis=1).select(chosen)
+    full = Dataset(images.data, info=images.info.copy(), split=images.split, fingerprint=fingerprint)
+    return concatenate_datasets([flattened(rows.select(place)), full], axis=1).select(chosen)
 
 
-def alike(parts: Sequence[Dataset]) -> list[Dataset]:
+def same_image_types(datasets: Sequence[Dataset]) -> list[Dataset]:
     """The same rows, fit for one table: where parts hold images in other forms, as paths or one by one, `datasets.Image`."""
-    out = [part.remove_columns([c for c in image_columns(part) if _holds_none(part.features[c])]) for part in parts]
+    out = [
+        dataset.remove_columns([c for c in image_columns(dataset) if _holds_none(dataset.features[c])])
+        for dataset in datasets
+    ]
     for column in reversed(IMAGES):
-        if len({str(part.features[column]) for part in out if column in part.column_names}) > 1:
-            out = [_as_images(part, column) if column in part.column_names else part for part in out]
+        if len({str(dataset.features[column]) for dataset in out if column in dataset.column_names}) > 1:
+            out = [_as_images(dataset, column) if column in dataset.column_names else dataset for dataset in out]
     return out
 
 
@@ -74,10 +77,10 @@ def _holds_none(feature: Any) -> bool:
     return isinstance(kind, Value) and kind.dtype == "null"
 
 
-def _as_images(part: Dataset, column: str) -> Dataset:
-    several, plain = isinstance(part.features[column], list | List), Image(decode=False)
-    part = part.cast_column(column, List(plain) if several else plain)
-    return part if several or "image" in part.column_names else part.rename_column(column, "image")
+def _as_images(dataset: Dataset, column: str) -> Dataset:
+    several, plain = isinstance(dataset.features[column], list | List), Image(decode=False)
+    dataset = dataset.cast_column(column, List(plain) if several else plain)
+    return dataset if several or "image" in dataset.column_names else dataset.rename_column(column, "image")
 
 
 def image_columns(dataset: Dataset) -> list[str]:

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from ..rows.columns import PAIR, PROMPTS, RANKED
+from ..rows.column_names import PAIR, PROMPTS, RANKED
 from .column_types import as_array, column_type, holds_nan
-from .files import AnyDataset
-from .find import load_splits
+from .local_files import AnyDataset
+from .locate import load_splits
 
 Rows: TypeAlias = "Dataset | IterableDataset | Sequence[Mapping[str, Any]] | str | Path | Any"
 """A dataset, or what `datasets_of` makes one of (Any: a `pandas.DataFrame`, which need not be installed)."""
@@ -24,46 +24,46 @@ WAYS = (
 )
 
 
-def datasets_of(given: Any, name: str) -> list[AnyDataset]:
+def datasets_of(data: Any, name: str) -> list[AnyDataset]:
     """The datasets of a mixture; mostly one. `name` says in errors, and of a path in its splits, which data these are.
 
     Raises:
         ValueError: for anything else, with what would do.
     """
-    if isinstance(given, list | tuple) and given and not any(isinstance(item, Mapping) for item in given):
-        return [_dataset(item, name) for item in given]
-    return [_dataset(given, name)]
+    if isinstance(data, list | tuple) and data and not any(isinstance(item, Mapping) for item in data):
+        return [_dataset(item, name) for item in data]
+    return [_dataset(data, name)]
 
 
-def is_rows(given: Any) -> bool:
+def is_rows(data: Any) -> bool:
     """Whether this holds rows itself: a name (of one of several datasets, or a path) does not."""
-    return isinstance(given, Dataset | IterableDataset | list | tuple | Path) or _is_frame(given)
+    return isinstance(data, Dataset | IterableDataset | list | tuple | Path) or _is_frame(data)
 
 
-def refuse_columns(given: Mapping[str, Any], name: str) -> None:
+def refuse_columns(data: Mapping[str, Any], name: str) -> None:
     """Raise for columns where datasets by name belong."""
-    if set((*PAIR, *RANKED, *PROMPTS)) & set(given) and all(isinstance(v, list | tuple) for v in given.values()):
+    if set((*PAIR, *RANKED, *PROMPTS)) & set(data) and all(isinstance(v, list | tuple) for v in data.values()):
         raise ValueError(f"The {name} data are a dict of columns: make a dataset of it, Dataset.from_dict(columns).")
 
 
-def _dataset(given: Any, name: str) -> AnyDataset:
-    if isinstance(given, Dataset | IterableDataset):
-        return given
-    if isinstance(given, str | Path):
-        return _of_path(str(given), name)
-    if _is_frame(given):
-        rows = given.to_dict("records")
+def _dataset(data: Any, name: str) -> AnyDataset:
+    if isinstance(data, Dataset | IterableDataset):
+        return data
+    if isinstance(data, str | Path):
+        return _of_path(str(data), name)
+    if _is_frame(data):
+        rows = data.to_dict("records")
         return _of_rows([{str(key): _plain(value) for key, value in row.items()} for row in rows], name)
-    if isinstance(given, list | tuple) and all(isinstance(row, Mapping) for row in given):
-        return _of_rows([dict(row) for row in given], name)
-    if isinstance(given, list | tuple):
-        kinds = " and of ".join(sorted({type(item).__name__ for item in given}))
+    if isinstance(data, list | tuple) and all(isinstance(row, Mapping) for row in data):
+        return _of_rows([dict(row) for row in data], name)
+    if isinstance(data, list | tuple):
+        kinds = " and of ".join(sorted({type(item).__name__ for item in data}))
         raise ValueError(f"The {name} data are a list of {kinds}. {WAYS}")
-    if isinstance(given, Mapping):
-        refuse_columns(given, name)
-        splits = ", ".join(map(repr, given))
-        raise ValueError(f"{name} is a {type(given).__name__}, not one dataset. Name one of its splits: {splits}.")
-    raise ValueError(f"{name} is a {type(given).__name__}, not a dataset. {WAYS}")
+    if isinstance(data, Mapping):
+        refuse_columns(data, name)
+        splits = ", ".join(map(repr, data))
+        raise ValueError(f"{name} is a {type(data).__name__}, not one dataset. Name one of its splits: {splits}.")
+    raise ValueError(f"{name} is a {type(data).__name__}, not a dataset. {WAYS}")
 
 
 def _of_path(path: str, name: str) -> AnyDataset:
@@ -80,11 +80,9 @@ def _of_path(path: str, name: str) -> AnyDataset:
     return splits[wanted]
 
 
-def _is_frame(given: Any) -> bool:
+def _is_frame(data: Any) -> bool:
     return (
-        type(given).__module__.partition(".")[0] == "pandas"
-        and hasattr(given, "to_dict")
-        and hasattr(given, "columns")
+        type(data).__module__.partition(".")[0] == "pandas" and hasattr(data, "to_dict") and hasattr(data, "columns")
     )
 
 

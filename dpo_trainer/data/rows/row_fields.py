@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from ...types import Preferred
 from ..errors import bad
-from .columns import PAIR, PROMPTS, check_columns
-from .kinds import kinds_of_values
-from .other_names import refuse_lost_prompt
+from .column_aliases import refuse_lost_prompt
+from .column_kinds import kinds_of_values
+from .column_names import PAIR, PROMPTS, check_columns
 from .ranking import against_each, ranked
 
 
-class Parts(NamedTuple):
+class RowFields(NamedTuple):
     """A row whose columns have been found, its values not yet looked into."""
 
     prompt: str | None  # the column; None: implicit
@@ -26,7 +26,7 @@ class Parts(NamedTuple):
         return [name for name in self.values if name != self.prompt]
 
 
-def find_parts(row: Mapping[str, Any], where: str) -> Parts:
+def find_row_fields(row: Mapping[str, Any], where: str) -> RowFields:
     if is_ranked(row):
         completions, pairs = _of_ranked(row, where)
     elif set(PAIR) <= set(row):
@@ -41,7 +41,7 @@ def find_parts(row: Mapping[str, Any], where: str) -> Parts:
     values = completions if prompt is None else {prompt: row[prompt], **completions}
     for name, value in values.items():
         _check_kind(value, where, name)
-    return Parts(prompt, values, pairs)
+    return RowFields(prompt, values, pairs)
 
 
 def _of_ranked(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Sequence[Preferred]]:
