@@ -18,7 +18,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from .checkpointing import GivenConfig
@@ -27,6 +28,7 @@ from .checkpointing.save_checks import check_saving, check_wrapping
 from .config import DPOConfig
 from .data import FEATURES, FilledStream, Needs, RepeatedStream, check_tokenizer
 from .data.batches.padding_rows import refuse_empty_rounds, unweigh_fillers
+from .data.batches.sampling import BalancedSampler
 from .data.content import dataset_digest
 from .data.files.files import AnyDataset
 from .data.files.given import Rows, is_rows
@@ -65,7 +67,7 @@ from .training.micro_batches import (
 )
 from .training.model_card import write_model_card
 from .training.offloading import ActivationsOnHost
-from .training.out_of_memory import MemoryAdvice, explained
+from .training.out_of_memory import MemoryAdvice, out_of_memory_advice
 from .training.run_identity import model_identity
 from .training.template_date import settle_date
 from .types import PairBatch, micro_batches, pair_weight, sent
@@ -252,7 +254,7 @@ class DPOTrainer(DurableTrainer):
         self.data_collator = self._collator()
         self._place_reference()
         self._start_counting()
-        self.know_run()
+        self.fix_run_identity()
         return self.model
 
     def _make_data(self, model: nn.Module) -> Any:
@@ -330,6 +332,22 @@ class DPOTrainer(DurableTrainer):
             refuse_empty_rounds(len(dataset), batch_size, self.accelerator)
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Orders that are drawn by the epoch, as shuffled rows are, and not by how many numbers were drawn before."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "batch_rebalance" and has_length(rows):
+            return BalancedSampler(
+                rows[self.args.length_column_name],
+                batch_size=self._train_batch_size,
+                ranks=self.args.world_size,
+                accumulation=self.args.gradient_accumulation_steps,
+                generator=self.row_order,
+            )
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self.row_order
+        return sampler
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
         if batch_samples:
@@ -365,7 +383,7 @@ class DPOTrainer(DurableTrainer):
 
     def _step_of_part(self, model: nn.Module, num_items_in_batch: Any, inputs: dict[str, Any]) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
-        with explained(inputs, self._memory_advice), self.scorer.step(), self._activations(inputs):
+        with out_of_memory_advice(inputs, self._memory_advice), self.scorer.step(), self._activations(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _activations(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -534,10 +552,10 @@ class DPOTrainer(DurableTrainer):
             self.data.report()  # what was read
         return output
 
-    def know_run(self) -> None:
+    def fix_run_identity(self) -> None:
         if not self._models:  # a second train() goes on with a reference that has moved: what it was counts
             self._models = model_identity(self.model, self.reference, self.given.precision)
-        super().know_run()
+        super().fix_run_identity()
         if self.reference.keyed:
             self.precompute_reference()
             self.reference.release()
@@ -572,14 +590,14 @@ class DPOTrainer(DurableTrainer):
                 own.copy_(tensors.pop(BESIDE + name))
         self.reference.load_state(tensors)
 
-    def mark_step(self) -> Any:
+    def snapshot_counters(self) -> Any:
         return self.metrics["train"].mark(), self.objective.shift.mark()
 
-    def begin_counting(self) -> None:
+    def clear_counters(self) -> None:
         self.metrics["train"].clear()
 
-    def undo_step(self, mark: Any) -> None:
-        table, shift = mark
+    def restore_counters(self, snapshot: Any) -> None:
+        table, shift = snapshot
         self.metrics["train"].back_to(table)
         self.objective.shift.back_to(shift)
 
