@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..distributed.same_answer import same_on_all_ranks
@@ -147,7 +148,7 @@ class DurableTrainer(Trainer):
         self.watch.clear()
         self.clear_counters()
         if self.model_init is None:
-            self.fix_run_identity()
+            self.prepare_run()
         if self._resuming is not None:
             check_trainer_state(self._resuming)
         with self.signals.heeded():
@@ -155,6 +156,13 @@ class DurableTrainer(Trainer):
             if self.stopped_by_signal:
                 self._say_how_to_go_on()
         return output
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Samplers draw the order of rows by the epoch, not by how many numbers were drawn before."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self.row_order
+        return sampler
 
     @property
     def resumed_from(self) -> str | None:
@@ -207,6 +215,10 @@ class DurableTrainer(Trainer):
 
         self._resuming, record = same_on_all_ranks(decided, self.accelerator)
         self.folder.begin(record, fresh=self._resuming is None, shared=trial is not None)
+
+    def prepare_run(self) -> None:
+        """Called before training, when the model is there and has not moved."""
+        self.fix_run_identity()
 
     def fix_run_identity(self) -> None:
         """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
