@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .checkpointing import GivenConfig
 from .checkpointing.durable import DurableTrainer
-from .checkpointing.save_checks import check_saving, check_wrapping
+from .checkpointing.save_checks import check_saving
 from .config import DPOConfig
 from .data import FEATURES, FilledStream, Needs, RepeatedStream
 from .data.batches.padding_rows import refuse_empty_rounds, unweigh_fillers
@@ -31,7 +31,7 @@ from .data.content import dataset_digest
 from .data.files.files import AnyDataset
 from .data.files.given import Rows, is_rows
 from .data.images.source import IMAGES
-from .distributed.engine_checks import check_engine, check_placement
+from .distributed.engine_checks import check_engine
 from .distributed.engines import cuts_weights, evaluation, keep_outputs_exact, prepare_frozen
 from .losses import Objective
 from .metrics import METRICS, StepParts, per_pair, with_losses
@@ -42,12 +42,13 @@ from .options.optimizers import check_given_optimizer
 from .options.run import check_sampling
 from .reference import CachedReference, Reference
 from .reference.check import ReferenceCheck
-from .reference.precompute import Filled, Precompute
-from .training.assembly import Given, assemble
+from .reference.precompute import Filled
+from .training.assembly import Given, assemble, check_models
 from .training.best_metric import check_best_metric
 from .training.callbacks import CheckReference, MoveReference, beside_progress_bar
 from .training.collator import check_budget, run_collator
 from .training.datasets import RunData, balanced_sampler, needs_of_models
+from .training.fill_cache import fill_cache
 from .training.micro_batches import (
     check_splits,
     even_parts,
@@ -133,20 +134,17 @@ class DPOTrainer(DurableTrainer):
         )
         self.model_init = model_init
         start = self.given.policy(model if model is not None else super().call_model_init())
-        for given in (start, ref_model):
-            if isinstance(given, nn.Module):
-                check_wrapping(given)
-                check_placement(given, args)
+        check_models(args, start, ref_model)
         if processing_class is None:
-            named = model if isinstance(model, str) else base_model(start).config._name_or_path
-            processing_class = load_processing_class(named, trust_remote_code=args.trust_remote_code)
+            processing_class = load_processing_class(
+                model if isinstance(model, str) else base_model(start).config._name_or_path,
+                trust_remote_code=args.trust_remote_code,
+            )
         # Read before Trainer.__init__ sets them as well.
         self.args, self.processing_class = args, processing_class
         self.tokenizer_settings = tokenizer_settings(args, processing_class, start)
-        self.pad_token_id, self.template_date = (
-            self.tokenizer_settings.pad_token_id,
-            self.tokenizer_settings.template_date,
-        )
+        self.pad_token_id = self.tokenizer_settings.pad_token_id
+        self.template_date = self.tokenizer_settings.template_date
         model = self._assemble(start)
         if optimizers[0] is not None:
             check_given_optimizer(optimizers[0], model)
@@ -155,14 +153,7 @@ class DPOTrainer(DurableTrainer):
             check_saving(model, processing_class if self.tokenizer_settings.can_be_saved else None, args.output_dir)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
-        if train_dataset is not None:
-            train_dataset = self.data.prepare(train_dataset, "train")
-            check_sampling(args, train_dataset)
-        if eval_dataset is not None:
-            eval_dataset = self.data.prepare_evaluation(eval_dataset)
-        self.data.report()
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        self._check_budget({"train": train_dataset, **named})
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset)
         self.given_collator = data_collator
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
@@ -255,8 +246,20 @@ class DPOTrainer(DurableTrainer):
         return self.model
 
     def _make_data(self, model: nn.Module) -> Any:
-        """Whoever makes rows of the datasets of this run ready (training/datasets.py)."""
+        """Return the object that prepares the rows of the datasets of this run (training/datasets.py)."""
         return RunData(self.args, self.processing_class, self._needs(model), self.template_date)
+
+    def _prepare_datasets(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """The datasets as rows of token ids, reported and checked against the options."""
+        if train is not None:
+            train = self.data.prepare(train, "train")
+            check_sampling(self.args, train)
+        if evaluation is not None:
+            evaluation = self.data.prepare_evaluation(evaluation)
+        self.data.report()
+        named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        self._check_budget({"train": train, **named})
+        return train, evaluation
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
         check_budget(self.args, self.layout, datasets)
@@ -487,28 +490,20 @@ class DPOTrainer(DurableTrainer):
         """Look every completion up, and compute what is missing, where there is a cache."""
         if not isinstance(self.reference, CachedReference):
             return []
-        precompute = Precompute(
-            reference=self.reference,
+        filled = fill_cache(
+            self.reference,
+            self.model,
+            datasets,
+            args=self.args,
             layout=self.layout,
             pad_token_id=self.pad_token_id,
             accelerator=self.accelerator,
-            max_tokens=self.args.precompute_ref_max_tokens,
-            disable_tqdm=self.args.disable_tqdm,
-            in_step=cuts_weights(self.args),
             place=self._place_reference,
         )
-        filled = [precompute(self.model, rows, name, self._rows_read(rows, name)) for name, rows in datasets.items()]
         self.data.count_streams_anew()
         for each in filled:
             logger.warning(str(each))
         return filled
-
-    def _rows_read(self, dataset: AnyDataset, name: str) -> int | None:
-        """How many rows of a training stream the run reads; of anything else all."""
-        if name != "train" or isinstance(dataset, Dataset):
-            return None
-        args = self.args
-        return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
 
     # --- checkpoints and cards ---
 

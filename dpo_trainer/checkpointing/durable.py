@@ -54,7 +54,7 @@ from .save_checks import warn_of_another_kind
 from .signals import INTERRUPTED, STOPPED_BY_SIGNAL, StopSignals, how_to_go_on
 from .state_files import explain_unreadable
 from .step_guard import StepGuard
-from .step_watch import StepWatch, number_of_bad_tensors, precision_ways_out
+from .step_watch import StepWatch, last_step_error, number_of_bad_tensors, precision_ways_out
 from .stopping import Ending, MakeUpEvaluation
 from .unproven import UnprovenCheckpoints
 
@@ -316,8 +316,7 @@ class DurableTrainer(Trainer):
             self.prove_checkpoints()
             return
         problem = f"After step {self.state.global_step}, the last one, the weights or their log-probs are not finite"
-        ways = ["Lower the learning rate", "set --max_grad_norm", *precision_ways_out(self.args, self.model)]
-        raise FloatingPointError(f"{problem}. {', '.join(ways[:-1])}, or {ways[-1]}.{self.fail_checkpoints(problem)}")
+        raise last_step_error(problem, precision_ways_out(self.args, self.model), then=self.fail_checkpoints(problem))
 
     def _run_folder(self) -> Path:
         return Path(self._get_output_dir(self.evaluated_as[0]))

@@ -176,7 +176,7 @@ class OnlineDPOTrainer(DPOTrainer):
     def train(self, *args, **kwargs):
         """See `DurableTrainer.train`."""
         self.rounds = Rounds(self.args.generate_every)  # what an earlier run left over belongs to its epoch
-        self._use_beta(0.0)
+        self._set_beta_of_epoch(0.0)
         self.rollout.restart_clock()
         return super().train(*args, **kwargs)
 
@@ -184,7 +184,7 @@ class OnlineDPOTrainer(DPOTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The batches of an optimizer step, as pairs: Trainer asks for them before its first forward."""
-        self._use_beta(self.state.epoch or 0.0)
+        self._set_beta_of_epoch(self.state.epoch or 0.0)
         rows = self.rounds.next(
             lambda: [self._rows(batch, self._train_batch_size) for batch in islice(epoch_iterator, num_batches)],
             self._sample_steps,
@@ -217,7 +217,7 @@ class OnlineDPOTrainer(DPOTrainer):
         """Of the epoch at hand."""
         return self.args.beta  # type: ignore[return-value]  # a number, once the config is made
 
-    def _use_beta(self, epoch: float) -> None:
+    def _set_beta_of_epoch(self, epoch: float) -> None:
         beta = self.args.beta_of_epoch(epoch)
         if beta != self.beta:
             self.args.beta = beta  # type: ignore[assignment]
