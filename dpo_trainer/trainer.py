@@ -14,44 +14,41 @@ from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from .checkpointing import GivenConfig
 from .checkpointing.durable import DurableTrainer
-from .checkpointing.save_checks import check_saving, check_wrapping
+from .checkpointing.save_checks import check_saving
 from .config import DPOConfig
-from .data import FEATURES, FilledStream, Needs, RepeatedStream, check_tokenizer
+from .data import FEATURES, FilledStream, Needs, RepeatedStream
 from .data.batches.padding_rows import mask_padding_rows, refuse_empty_rounds
 from .data.content import dataset_digest
 from .data.files.dataset_inputs import Rows, is_rows
 from .data.files.local_files import AnyDataset
 from .data.images.source import IMAGES
-from .data.tokens.encode import can_be_saved
-from .distributed.engine_checks import check_engine, check_placement
+from .distributed.engine_checks import check_engine
 from .distributed.engines import evaluation, keep_outputs_exact, prepare_frozen, shards_weights
-from .distributed.sharding import gathered, kept
 from .losses import Objective
-from .metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair, with_losses
-from .models.adapters import weights_beside_adapter, weights_of_soft_prompt
+from .metrics import METRICS, StepParts, per_pair, with_losses
 from .models.load import load_processing_class
-from .models.positions import table_of_positions, window_of
 from .models.unwrap import base_model
-from .models.vocabulary import check_pad_token, smallest_vocabulary, vocabulary_size
+from .models.vocabulary import check_pad_token
 from .options.optimizers import check_given_optimizer
 from .options.run import check_sampling
 from .reference import CachedReference, Reference
 from .reference.check import ReferenceCheck
-from .reference.precompute import Filled, Precompute
-from .training.assembly import Given, assemble
+from .reference.precompute import Filled
+from .training.assembly import Given, assemble, check_models
 from .training.best_metric import check_best_metric
 from .training.callbacks import CheckReference, MoveReference, beside_progress_bar
 from .training.collator import check_budget, run_collator
-from .training.datasets import RunData
+from .training.datasets import RunData, balanced_sampler, needs_of_models
+from .training.fill_cache import fill_cache
 from .training.micro_batches import (
     check_splits,
     even_parts,
@@ -65,14 +62,14 @@ from .training.micro_batches import (
 )
 from .training.model_card import write_model_card
 from .training.offloading import ActivationsOnHost
-from .training.out_of_memory import MemoryAdvice, explained
+from .training.out_of_memory import MemoryAdvice, out_of_memory_advice
 from .training.run_identity import model_identity
-from .training.template_date import settle_date
+from .training.run_metrics import RunMetrics
+from .training.tokenizer import replace_pad_tokens_without_embedding, tokenizer_settings
+from .training.unsaved_weights import load_unsaved_weights, unsaved_weights
 from .types import PairBatch, micro_batches, pair_weight, sent
 
 logger = logging.get_logger(__name__)
-
-BESIDE = "beside the adapter/"
 
 
 class DPOTrainer(DurableTrainer):
@@ -137,39 +134,26 @@ class DPOTrainer(DurableTrainer):
         )
         self.model_init = model_init
         start = self.given.policy(model if model is not None else super().call_model_init())
-        for given in (start, ref_model):
-            if isinstance(given, nn.Module):
-                check_wrapping(given)
-                check_placement(given, args)
+        check_models(args, start, ref_model)
         if processing_class is None:
-            named = model if isinstance(model, str) else base_model(start).config._name_or_path
-            processing_class = load_processing_class(named, trust_remote_code=args.trust_remote_code)
+            processing_class = load_processing_class(
+                model if isinstance(model, str) else base_model(start).config._name_or_path,
+                trust_remote_code=args.trust_remote_code,
+            )
         # Read before Trainer.__init__ sets them as well.
         self.args, self.processing_class = args, processing_class
-        self.pad_token_id = check_tokenizer(processing_class, vocabulary_size(start))
-        self.template_date = settle_date(args, processing_class)
-        self.tokenizer_can_be_saved = can_be_saved(processing_class)
-        if not self.tokenizer_can_be_saved:
-            logger.warning(
-                "The tokenizer cannot be written down, for a part of it is Python code: checkpoints and the trained model are saved "
-                "without it. Load it as you did for this run, and pass it as processing_class."
-            )
+        self.tokenizer_settings = tokenizer_settings(args, processing_class, start)
+        self.pad_token_id = self.tokenizer_settings.pad_token_id
+        self.template_date = self.tokenizer_settings.template_date
         model = self._assemble(start)
         if optimizers[0] is not None:
             check_given_optimizer(optimizers[0], model)
         check_pad_token(self.pad_token_id, model, self.ref_model)
         if args.should_save:
-            check_saving(model, processing_class if self.tokenizer_can_be_saved else None, args.output_dir)
+            check_saving(model, processing_class if self.tokenizer_settings.can_be_saved else None, args.output_dir)
         self.data = self._make_data(model)
         self.data_reports = self.data.reports
-        if train_dataset is not None:
-            train_dataset = self.data.prepare(train_dataset, "train")
-            check_sampling(args, train_dataset)
-        if eval_dataset is not None:
-            eval_dataset = self.data.prepare_evaluation(eval_dataset)
-        self.data.report()
-        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-        self._check_budget({"train": train_dataset, **named})
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset)
         self.given_collator = data_collator
 
         if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
@@ -236,14 +220,20 @@ class DPOTrainer(DurableTrainer):
         check_best_metric(self.args, names, self.eval_dataset, self.callback_handler.callbacks)
 
     def _start_counting(self) -> None:
-        has_router = self.objective.router_weight > 0
-        self.metrics = {
-            "train": MetricSums(self._metrics, aux_loss=has_router, also=self.watch.watch),
-            "eval": MetricSums(self._metrics, aux_loss=has_router),
-        }
-        self.falling_chosen = FallingChosenWarning(self.args.beta, has_reference=self.objective.needs_reference)
-        self.num_tokens = 0
-        self._logged_at = time.perf_counter()
+        self.metrics = RunMetrics(
+            self._metrics,
+            device=self.args.device,
+            sum_over_ranks=self.sum_over_ranks,
+            watch=self.watch.watch,
+            has_router=self.objective.router_weight > 0,
+            beta=self.args.beta,
+            has_reference=self.objective.needs_reference,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed since the start of the run, up to its last log line, over all ranks."""
+        return self.metrics.num_tokens
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Each trial of a hyperparameter search has a new model, and perhaps other options: all parts are made anew."""
@@ -252,12 +242,24 @@ class DPOTrainer(DurableTrainer):
         self.data_collator = self._collator()
         self._place_reference()
         self._start_counting()
-        self.know_run()
+        self.prepare_run()
         return self.model
 
     def _make_data(self, model: nn.Module) -> Any:
-        """Whoever makes rows of the datasets of this run ready (training/datasets.py)."""
+        """Return the object that prepares the rows of the datasets of this run (training/datasets.py)."""
         return RunData(self.args, self.processing_class, self._needs(model), self.template_date)
+
+    def _prepare_datasets(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """The datasets as rows of token ids, reported and checked against the options."""
+        if train is not None:
+            train = self.data.prepare(train, "train")
+            check_sampling(self.args, train)
+        if evaluation is not None:
+            evaluation = self.data.prepare_evaluation(evaluation)
+        self.data.report()
+        named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        self._check_budget({"train": train, **named})
+        return train, evaluation
 
     def _check_budget(self, datasets: dict[str, Any]) -> None:
         check_budget(self.args, self.layout, datasets)
@@ -273,30 +275,17 @@ class DPOTrainer(DurableTrainer):
         )
 
     def _needs(self, model: nn.Module) -> Needs:
-        return Needs(
-            **smallest_vocabulary(model, self.ref_model),
-            positions=self._positions(model),
-            window=window_of(model),
+        return needs_of_models(
+            model,
+            [own for _, own in self.reference.own],
             unusable_margin=self.objective.unusable_margin if self.objective.needs_margin else None,
+            multiple=self.args.pad_to_multiple_of,
         )
-
-    def _positions(self, model: nn.Module) -> int | None:
-        """Of the model and of the references beside it; padding stands at positions too."""
-        found = (table_of_positions(each) for each in (model, *(own for _, own in self.reference.own)))
-        least = min((positions for positions in found if positions is not None), default=None)
-        return least if least is None else least - least % (self.args.pad_to_multiple_of or 1)
 
     # --- the data, as Trainer asks for it ---
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer has just told the model's configs the tokenizer's pad token: one without an embedding would make a model
-        that cannot be loaded."""
-        size, base = vocabulary_size(self.model), base_model(self.model)
-        configs: list[Any] = [base.config.get_text_config(), getattr(base, "generation_config", None)]
-        for config in configs:
-            pad = getattr(config, "pad_token_id", None)
-            if size is not None and isinstance(pad, int) and pad >= size:
-                config.pad_token_id = self.pad_token_id
+        replace_pad_tokens_without_embedding(self.model, self.pad_token_id)
         return super()._prepare_for_training(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -330,10 +319,16 @@ class DPOTrainer(DurableTrainer):
             refuse_empty_rounds(len(dataset), batch_size, self.accelerator)
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "batch_rebalance" and has_length(rows):
+            return balanced_sampler(rows, self.args, self._train_batch_size, self.row_order)
+        return super()._get_train_sampler(train_dataset)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """The weight of all pairs of the optimizer step, on all ranks: what the sum of their losses is divided by."""
         if batch_samples:
-            self._unweigh_fillers(batch_samples[-1], self._train_batch_size)
+            self._mask_padding_rows(batch_samples[-1], self._train_batch_size)
         parts = [part for batch in batch_samples for part in micro_batches(batch)]
         weight = sum((pair_weight(part).sum() for part in parts), torch.zeros((), device=device))
         if self.in_step:
@@ -342,7 +337,7 @@ class DPOTrainer(DurableTrainer):
             return note_pairs(batch_samples, weight, self.accelerator)
         return self.sum_over_ranks(weight)
 
-    def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
+    def _mask_padding_rows(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
         """[N] of each part, see `mask_padding_rows`."""
         how: Any = {"rows_per_rank": rows_per_rank, "drop_last": self.args.dataloader_drop_last}
         return [mask_padding_rows(part, self.accelerator, **how) for part in micro_batches(inputs)]
@@ -365,7 +360,7 @@ class DPOTrainer(DurableTrainer):
 
     def _step_of_part(self, model: nn.Module, num_items_in_batch: Any, inputs: dict[str, Any]) -> Tensor:
         # The attention of flat rows stays in place, and activations stay on the host, until backward is over.
-        with explained(inputs, self._memory_advice), self.scorer.step(), self._activations(inputs):
+        with out_of_memory_advice(inputs, self._memory_advice), self.scorer.step(), self._activations(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _activations(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -406,7 +401,7 @@ class DPOTrainer(DurableTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
         """Pairs of fillers are left out here: `evaluation_loop` gathers what is returned, however many a rank has."""
         inputs = self._prepare_inputs(inputs)
-        real = self._unweigh_fillers(inputs, self.args.eval_batch_size)
+        real = self._mask_padding_rows(inputs, self.args.eval_batch_size)
         own = micro_batches(inputs)[:]  # without what may be added here, to be computed for the other ranks
         if self.in_step:
             even_parts([inputs], torch.zeros((), device=self.args.device), self.accelerator)
@@ -435,10 +430,10 @@ class DPOTrainer(DurableTrainer):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-        means, _ = self.metrics["eval"].reduce(self.sum_over_ranks, self.args.device)
+        means, _ = self.metrics.reduce("eval")
         means = self._with_more(means, "eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        self._logged_at += time.perf_counter() - began  # tokens_per_second is about training
+        self.metrics.leave_out(time.perf_counter() - began)
         return output
 
     @contextmanager
@@ -468,13 +463,8 @@ class DPOTrainer(DurableTrainer):
 
     def _means_since_last_line(self) -> dict[str, float]:
         """Every rank must call."""
-        means, tokens = self.metrics["train"].reduce(self.sum_over_ranks, self.args.device)
-        means = self._with_more(means, "train")
-        now = time.perf_counter()
-        self.num_tokens += tokens
-        self.falling_chosen.look(means, self.state.global_step)
-        ours = {**means, "num_tokens": self.num_tokens, "tokens_per_second": tokens / (now - self._logged_at)}
-        self._logged_at = now
+        means, tokens = self.metrics.reduce("train")
+        ours = self.metrics.line(self._with_more(means, "train"), tokens, self.state.global_step)
         return ours | ({"skipped_steps": self.skipped_steps} if self.skipped_steps else {})
 
     def _with_more(self, means: dict[str, float], split: str) -> dict[str, float]:
@@ -500,44 +490,37 @@ class DPOTrainer(DurableTrainer):
         """Look every completion up, and compute what is missing, where there is a cache."""
         if not isinstance(self.reference, CachedReference):
             return []
-        precompute = Precompute(
-            reference=self.reference,
+        filled = fill_cache(
+            self.reference,
+            self.model,
+            datasets,
+            args=self.args,
             layout=self.layout,
             pad_token_id=self.pad_token_id,
             accelerator=self.accelerator,
-            max_tokens=self.args.precompute_ref_max_tokens,
-            disable_tqdm=self.args.disable_tqdm,
-            in_step=shards_weights(self.args),
             place=self._place_reference,
         )
-        filled = [precompute(self.model, rows, name, self._rows_read(rows, name)) for name, rows in datasets.items()]
         self.data.count_streams_anew()
         for each in filled:
             logger.warning(str(each))
         return filled
 
-    def _rows_read(self, dataset: AnyDataset, name: str) -> int | None:
-        """How many rows of a training stream the run reads; of anything else all."""
-        if name != "train" or isinstance(dataset, Dataset):
-            return None
-        args = self.args
-        return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size
-
     # --- checkpoints and cards ---
 
     def train(self, *args, **kwargs):
         """See `DurableTrainer.train`."""
-        self._logged_at = time.perf_counter()
+        self.metrics.restart_clock()
         with beside_progress_bar(self.args):
             output = super().train(*args, **kwargs)
         if self.data.has_stream():
             self.data.report()  # what was read
         return output
 
-    def know_run(self) -> None:
+    def prepare_run(self) -> None:
+        """Fix what this run is, and fill the cache of the reference, whose models are not needed after that."""
         if not self._models:  # a second train() goes on with a reference that has moved: what it was counts
             self._models = model_identity(self.model, self.reference, self.given.precision)
-        super().know_run()
+        super().prepare_run()
         if self.reference.keyed:
             self.precompute_reference()
             self.reference.release()
@@ -551,35 +534,23 @@ class DPOTrainer(DurableTrainer):
         }
 
     def run_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        state = {
-            "num_tokens": self.num_tokens,
-            "since_last_log": self.metrics["train"].state_dict(self.sum_over_ranks, self.args.device),
-            "objective": self.objective.state_dict(),
-        }
-        unsaved = weights_beside_adapter(self.model) | weights_of_soft_prompt(self.model)
-        return state, self.reference.state() | kept({f"{BESIDE}{name}": p for name, p in unsaved.items()})
+        state = self.metrics.state_dict() | {"objective": self.objective.state_dict()}
+        return state, self.reference.state() | unsaved_weights(self.model)
 
     def load_run_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.num_tokens = state["num_tokens"]
-        if self.is_world_process_zero():
-            self.metrics["train"].load_state_dict(state["since_last_log"], self.args.device)
+        self.metrics.load_state_dict(state, main=self.is_world_process_zero())
         self.objective.load_state_dict(state["objective"])
-        unsaved = weights_beside_adapter(self.model) | weights_of_soft_prompt(self.model)
-        for name, parameter in unsaved.items():
-            if name.startswith("prompt_encoder.") and BESIDE + name not in tensors:
-                continue  # an older checkpoint: PEFT has loaded what there is
-            with torch.no_grad(), gathered(parameter, write=True) as own:
-                own.copy_(tensors.pop(BESIDE + name))
+        load_unsaved_weights(self.model, tensors)
         self.reference.load_state(tensors)
 
-    def mark_step(self) -> Any:
+    def snapshot_counters(self) -> Any:
         return self.metrics["train"].mark(), self.objective.shift.mark()
 
-    def begin_counting(self) -> None:
+    def clear_counters(self) -> None:
         self.metrics["train"].clear()
 
-    def undo_step(self, mark: Any) -> None:
-        table, shift = mark
+    def restore_counters(self, snapshot: Any) -> None:
+        table, shift = snapshot
         self.metrics["train"].back_to(table)
         self.objective.shift.back_to(shift)
 
@@ -595,7 +566,7 @@ class DPOTrainer(DurableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Without a tokenizer that cannot be written down: a run shall not end at its first checkpoint for it."""
         own = self.processing_class
-        self.processing_class = own if self.tokenizer_can_be_saved else None
+        self.processing_class = own if self.tokenizer_settings.can_be_saved else None
         try:
             super()._save(output_dir, state_dict)
         finally:

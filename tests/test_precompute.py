@@ -402,11 +402,11 @@ def test_records_equal_one_sequence_at_a_time_in_float64(layout, tmp_path):
 
 def test_a_record_that_is_lost_during_training_is_computed_again_where_the_reference_is_there(tmp_path):
     trainer = tiny.trainer(tmp_path, precompute_ref_log_probs=True, parts={"peft_config": tiny.lora()})
-    trainer.know_run()
+    trainer.prepare_run()
     store = trainer.reference.store
     store.close()
     store.path.unlink()
-    trainer.know_run = lambda: None
+    trainer.prepare_run = lambda: None
     trainer.identity = {}
     trainer.train()
     want = run(tmp_path, cached=False, parts={"peft_config": tiny.lora()})
@@ -415,10 +415,10 @@ def test_a_record_that_is_lost_during_training_is_computed_again_where_the_refer
 
 def test_a_record_that_is_lost_during_training_stops_a_run_without_its_reference(tmp_path):
     trainer = tiny.trainer(tmp_path, precompute_ref_log_probs=True)
-    trainer.know_run()
+    trainer.prepare_run()
     trainer.reference.store.close()
     trainer.reference.store.path.unlink()
-    trainer.know_run = lambda: None
+    trainer.prepare_run = lambda: None
     with pytest.raises(ValueError, match=r"example_ids \[.*no cached reference log-probs.*no longer in memory"):
         trainer.train()
 

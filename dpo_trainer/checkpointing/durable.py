@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..data.batches.sampling import BalancedSampler
+from ..distributed.same_answer import same_on_all_ranks
 from ..distributed.sharding import local_shard
 from . import (
     ASIDE,
@@ -33,26 +30,33 @@ from . import (
     fresh_aside,
     load_default_adapter,
     load_renamed,
-    mark_failed,
     names_a_folder,
     publish,
     remove_leftovers,
     rescuing,
-    retire,
     savable_generation_config,
     saving,
     seal,
-    unmark,
     unreadable,
 )
 from .live_settings import LiveSettings
 from .output_folder import OutputFolder
-from .run_state import STATE_FILE, read_state, readable, refuse_another_run, write_state
+from .run_state import (
+    STATE_FILE,
+    optimizer_and_row_order,
+    order_seed,
+    read_state,
+    readable,
+    refuse_another_run,
+    write_state,
+)
 from .save_checks import warn_of_another_kind
 from .signals import INTERRUPTED, STOPPED_BY_SIGNAL, StopSignals, how_to_go_on
+from .state_files import explain_unreadable
 from .step_guard import StepGuard
-from .step_watch import StepWatch, number_of_bad_tensors, precision_ways_out
+from .step_watch import StepWatch, last_step_error, number_of_bad_tensors, precision_ways_out
 from .stopping import Ending, MakeUpEvaluation
+from .unproven import UnprovenCheckpoints
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +65,7 @@ class DurableTrainer(Trainer):
     """`transformers.Trainer`, made to last.
 
     A subclass says what training changes besides model and optimizer (`run_state`, `load_run_state`), what makes two runs
-    the same (`run_identity`), and how to undo a step that was not made (`mark_step`).
+    the same (`run_identity`), and how to undo a step that was not made (`snapshot_counters`).
     """
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
@@ -80,8 +84,7 @@ class DurableTrainer(Trainer):
         self.add_callback(MakeUpEvaluation(self))
         self.evaluated_as: tuple[Any, Any] = (None, None)  # trial and ignored keys of the run, for its evaluations
         self.skipped_steps = self.skipped_in_a_row = 0
-        self.unproven: list[Path] = []
-        """Checkpoints since which no forward pass was finite, on all ranks: older ones are not retired for them yet."""
+        self.unproven = UnprovenCheckpoints(writes=self.args.should_save)
         self.row_order = torch.Generator()  # of samplers that draw the order of rows, seeded anew with each epoch
         self._aside: Path | None = None  # where the checkpoint is written that has no name yet
         self._resuming: str | None = None
@@ -105,15 +108,15 @@ class DurableTrainer(Trainer):
         """Around each save: the model as it shall be found in the folder."""
         return contextlib.nullcontext()
 
-    def begin_counting(self) -> None:
+    def clear_counters(self) -> None:
         """Forget what was counted since the last log line: an attempt to train begins, and a run that failed may have left it."""
         return
 
-    def mark_step(self) -> Any:
-        """What `undo_step` returns to; nothing is copied off the device."""
+    def snapshot_counters(self) -> Any:
+        """What `restore_counters` returns to; nothing is copied off the device."""
         return None
 
-    def undo_step(self, mark: Any) -> None:
+    def restore_counters(self, snapshot: Any) -> None:
         """Forget what a step has counted that was not made."""
         return
 
@@ -138,14 +141,14 @@ class DurableTrainer(Trainer):
         self._take_folder(resume_from_checkpoint, trial)
         self.evaluated_as = (trial, ignore_keys_for_eval)
         self.exit_code, self._attempted = None, False
-        self.unproven = [] if self._resuming is None else [Path(self._resuming)]
+        self.unproven = UnprovenCheckpoints(writes=self.args.should_save, resumed=self._resuming)
         self.skipped_in_a_row = 0
         self.signals.begin()
         self.ending.begin()
         self.watch.clear()
-        self.begin_counting()
+        self.clear_counters()
         if self.model_init is None:
-            self.know_run()
+            self.prepare_run()
         if self._resuming is not None:
             check_trainer_state(self._resuming)
         with self.signals.heeded():
@@ -153,6 +156,13 @@ class DurableTrainer(Trainer):
             if self.stopped_by_signal:
                 self._say_how_to_go_on()
         return output
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Samplers draw the order of rows by the epoch, not by how many numbers were drawn before."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self.row_order
+        return sampler
 
     @property
     def resumed_from(self) -> str | None:
@@ -203,44 +213,21 @@ class DurableTrainer(Trainer):
             found = checkpoint_to_resume(asked, self.args.output_dir, force=self.args.force_resume, needs=STATE_FILE)
             return found, self.folder.decide(found, named=names_a_folder(asked), goes_on=str(asked).lower() == "auto")
 
-        self._resuming, record = self._same_on_all_ranks(decided)
+        self._resuming, record = same_on_all_ranks(decided, self.accelerator)
         self.folder.begin(record, fresh=self._resuming is None, shared=trial is not None)
 
-    def know_run(self) -> None:
+    def prepare_run(self) -> None:
+        """Called before training, when the model is there and has not moved."""
+        self.fix_run_identity()
+
+    def fix_run_identity(self) -> None:
         """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
-        self.identity = self._same_on_all_ranks(lambda: {**self.run_identity(), **self._way_through_the_data()})
+        self.identity = same_on_all_ranks(
+            lambda: {**self.run_identity(), **optimizer_and_row_order(self.args, deepspeed=self.is_deepspeed_enabled)},
+            self.accelerator,
+        )
         if self._resuming is not None:
             refuse_another_run(self._resuming, self.identity, force=self.args.force_resume)
-
-    def _way_through_the_data(self) -> dict[str, Any]:
-        """What decides which rows a step sees. However they are split over ranks and micro-batches."""
-        args = self.args
-        return {
-            "optimizer": str(getattr(args.optim, "value", args.optim)),
-            "engine": {"--num_processes": args.world_size} if self.is_deepspeed_enabled else None,
-            "order": {
-                "--data_seed (without it --seed)": self.order_seed,
-                "--per_device_train_batch_size x --gradient_accumulation_steps x processes": args.train_batch_size
-                * args.gradient_accumulation_steps
-                * args.world_size,
-                "--train_sampling_strategy": args.train_sampling_strategy,
-            },
-        }
-
-    def _same_on_all_ranks(self, ask: Any) -> Any:
-        """The answer of the main process, whose error is everybody's."""
-        if self.accelerator.num_processes == 1:
-            return ask()
-        answer: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                answer[0] = ask()
-            except (ValueError, OSError) as error:
-                answer[1] = str(error)
-        value, problem = broadcast_object_list(answer)
-        if problem is not None:
-            raise ValueError(problem)
-        return value
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """Called by `auto_find_batch_size` before each attempt."""
@@ -252,7 +239,7 @@ class DurableTrainer(Trainer):
             )
         self._attempted = True
         self.watch.clear()
-        self.begin_counting()
+        self.clear_counters()
         super()._update_auto_batch_size(batch_size)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -292,34 +279,17 @@ class DurableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
-        # It retires the older ones once a step after it is finite. No step was made since others of which that is not known either.
-        earlier, self.unproven = [path for path in self.unproven if path != final], [final]
-        if main and self.args.save_total_limit:
-            for checkpoint in earlier:
-                if checkpoint.parent == run_folder and str(checkpoint) != self.state.best_model_checkpoint:
-                    retire(checkpoint)
+        best = self.state.best_model_checkpoint
+        self.unproven.replace_by(final, limited=bool(self.args.save_total_limit), best=best)
 
-    def proven(self) -> None:
-        """On all ranks, after a forward pass that was finite: so are the weights of the newest checkpoint, and older ones may go."""
-        if self.unproven and self.args.should_save:
-            for checkpoint in self.unproven:
-                unmark(checkpoint)
-            self.keep_newest(self._run_folder())
-        self.unproven = []
+    def prove_checkpoints(self) -> None:
+        """On all ranks, after a finite forward pass: the weights of the newest checkpoint are finite, and older ones may be deleted."""
+        if self.unproven.prove() and self.args.should_save:
+            self._keep_newest(self._run_folder())
 
-    def disown(self, problem: str) -> str:
+    def fail_checkpoints(self, problem: str) -> str:
         """Mark the checkpoints that no finite step followed, on all ranks. Returns what an error says of them."""
-        mine = [path for path in self.unproven if path.parent.resolve() == self._run_folder().resolve()]
-        if self.args.should_save:
-            for checkpoint in mine:
-                mark_failed(checkpoint, problem)
-        self.unproven = []
-        if not mine:
-            return ""
-        return (
-            f" No step after {mine[-1]} was finite, so that it is marked: --resume_from_checkpoint auto goes on from the one before "
-            "it, or begins anew where there is none. Name it to resume it all the same."
-        )
+        return self.unproven.mark_failed(self._run_folder(), problem)
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any):
         self.watch.finite_batch, batch = None, self.watch.finite_batch
@@ -343,16 +313,15 @@ class DurableTrainer(Trainer):
         scores = None if batch is None else self.forward_again(batch)
         bad = number_of_bad_tensors(self.model, scores, self.args.device)
         if not self.sum_over_ranks(bad).item():
-            self.proven()
+            self.prove_checkpoints()
             return
         problem = f"After step {self.state.global_step}, the last one, the weights or their log-probs are not finite"
-        ways = ["Lower the learning rate", "set --max_grad_norm", *precision_ways_out(self.args, self.model)]
-        raise FloatingPointError(f"{problem}. {', '.join(ways[:-1])}, or {ways[-1]}.{self.disown(problem)}")
+        raise last_step_error(problem, precision_ways_out(self.args, self.model), then=self.fail_checkpoints(problem))
 
     def _run_folder(self) -> Path:
         return Path(self._get_output_dir(self.evaluated_as[0]))
 
-    def keep_newest(self, run_folder: Path) -> None:
+    def _keep_newest(self, run_folder: Path) -> None:
         """At most `save_total_limit` checkpoints, the best and the newest among them."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         self.folder.keep(run_folder, limit, self.state.global_step, best)
@@ -404,7 +373,7 @@ class DurableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         files = sorted(path.name for path in Path(resume_from_checkpoint).glob("*model*.safetensors"))
-        with naming(resume_from_checkpoint, f"its weights ({', '.join(files)})"):
+        with explain_unreadable(resume_from_checkpoint, f"its weights ({', '.join(files)})"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self._load_renamed(resume_from_checkpoint)
             if not self.is_fsdp_enabled:
@@ -424,12 +393,12 @@ class DurableTrainer(Trainer):
         live = None if self.is_deepspeed_enabled else LiveSettings(self.optimizer, self.lr_scheduler)
         if live is not None:
             check_optimizer_files(checkpoint, fsdp=self.is_fsdp_enabled)
-        with naming(checkpoint, lambda: unreadable(checkpoint)):
+        with explain_unreadable(checkpoint, lambda: unreadable(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
         if live is not None:
             live.put_back(self.optimizer, self.lr_scheduler)
         state, tensors = read_state(Path(checkpoint))
-        with naming(checkpoint, STATE_FILE, (LookupError, TypeError, AttributeError)):
+        with explain_unreadable(checkpoint, STATE_FILE, (LookupError, TypeError, AttributeError)):
             self.skipped_steps = state.pop("skipped_steps")
             self.skipped_in_a_row = state.pop("skipped_in_a_row", 0)  # not in older checkpoints
             if "ending" in state:
@@ -445,7 +414,7 @@ class DurableTrainer(Trainer):
                 f"{checkpoint} has no {name}, as after a change of the number of processes: what draws random numbers (dropout, "
                 "sampling) goes on with others than those of the interrupted run."
             )
-        with naming(checkpoint, name):
+        with explain_unreadable(checkpoint, name):
             super()._load_rng_state(checkpoint)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -459,42 +428,5 @@ class DurableTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        self.row_order.manual_seed(self.order_seed + epoch)
+        self.row_order.manual_seed(order_seed(self.args) + epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Orders that are drawn by the epoch, as shuffled rows are, and not by how many numbers were drawn before."""
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "batch_rebalance" and has_length(rows):
-            return BalancedSampler(
-                rows[self.args.length_column_name],
-                batch_size=self._train_batch_size,
-                ranks=self.args.world_size,
-                accumulation=self.args.gradient_accumulation_steps,
-                generator=self.row_order,
-            )
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = self.row_order
-        return sampler
-
-    @property
-    def order_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-
-@contextlib.contextmanager
-def naming(
-    checkpoint: str, what: str | Callable[[], str], kinds: tuple[type[Exception], ...] = (Exception,)
-) -> Iterator[None]:
-    """Whatever cannot be read of a checkpoint, said with the place. (A whole one fails here only if it does not fit.)"""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except kinds as error:
-        named = what if isinstance(what, str) else what()
-        raise ValueError(
-            f"The checkpoint {checkpoint!r} cannot be resumed: {named} cannot be read, or does not fit ({type(error).__name__}: "
-            f"{error}). Start a new run from its model (--model_name_or_path {checkpoint}), or resume an earlier one."
-        ) from error

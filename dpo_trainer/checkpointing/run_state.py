@@ -124,3 +124,26 @@ def _read(folder: Path) -> dict[str, Any]:
             f"release that wrote it, or start a new run from its model (--model_name_or_path {folder})."
         )
     return content
+
+
+def optimizer_and_row_order(args: Any, *, deepspeed: bool) -> dict[str, Any]:
+    """The part of a run's identity that decides which rows a step sees, however ranks and micro-batches share them.
+
+    `args`: `TrainingArguments`.
+    """
+    return {
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "engine": {"--num_processes": args.world_size} if deepspeed else None,
+        "order": {
+            "--data_seed (without it --seed)": order_seed(args),
+            "--per_device_train_batch_size x --gradient_accumulation_steps x processes": args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size,
+            "--train_sampling_strategy": args.train_sampling_strategy,
+        },
+    }
+
+
+def order_seed(args: Any) -> int:
+    """The seed of the order of rows."""
+    return args.seed if args.data_seed is None else args.data_seed

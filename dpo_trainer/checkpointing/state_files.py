@@ -5,6 +5,8 @@ A checkpoint with a manifest was compared file by file; `--force_resume` takes a
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -58,3 +60,20 @@ def _loads(file: Path) -> bool:
 
 def _way_out(checkpoint: str) -> str:
     return f"Start a new run from its model (--model_name_or_path {checkpoint}), or resume an earlier one."
+
+
+@contextlib.contextmanager
+def explain_unreadable(
+    checkpoint: str, what: str | Callable[[], str], kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn an error while a part of a checkpoint is loaded into a ValueError that names the part. (A complete one fails only if it does not fit.)"""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except kinds as error:
+        named = what if isinstance(what, str) else what()
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} cannot be resumed: {named} cannot be read, or does not fit ({type(error).__name__}: "
+            f"{error}). Start a new run from its model (--model_name_or_path {checkpoint}), or resume an earlier one."
+        ) from error

@@ -39,13 +39,13 @@ class GuardedTrainer(Protocol):
 
     def stop_after_step(self, *, interrupted: bool) -> None: ...
 
-    def proven(self) -> None: ...
+    def prove_checkpoints(self) -> None: ...
 
-    def disown(self, problem: str) -> str: ...
+    def fail_checkpoints(self, problem: str) -> str: ...
 
-    def mark_step(self) -> Any: ...
+    def snapshot_counters(self) -> Any: ...
 
-    def undo_step(self, mark: Any) -> None: ...
+    def restore_counters(self, snapshot: Any) -> None: ...
 
 
 class StepGuard(TrainerCallback):
@@ -62,7 +62,7 @@ class StepGuard(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.trainer.folder.claim()
-        self.mark = self.trainer.mark_step()
+        self.counters = self.trainer.snapshot_counters()
         self.loss_before = self.trainer._tr_loss.clone()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,7 +74,7 @@ class StepGuard(TrainerCallback):
             trainer.stop_after_step(interrupted=verdict.interrupted)
         if verdict.finite:
             trainer.skipped_in_a_row = 0
-            trainer.proven()
+            trainer.prove_checkpoints()
             self._say_no_gradient(verdict, state.global_step + 1)
         elif args.nonfinite == "stop":
             self._give_up(verdict, state.global_step + 1)
@@ -94,7 +94,7 @@ class StepGuard(TrainerCallback):
             ways.append(f"raise --max_skipped_steps, which is {args.max_skipped_steps}")
         elif not trainer.is_deepspeed_enabled:
             ways.append("leave such steps out with --nonfinite skip")
-        raise non_finite_error(verdict, step, ways, after=after, then=trainer.disown(verdict.problem(step)))
+        raise non_finite_error(verdict, step, ways, after=after, then=trainer.fail_checkpoints(verdict.problem(step)))
 
     def _say_no_gradient(self, verdict: Verdict, step: int) -> None:
         if verdict.no_gradient and not self.said_no_gradient:
@@ -109,7 +109,7 @@ class StepGuard(TrainerCallback):
         """Without gradients an optimizer touches neither weights nor its own state."""
         trainer = self.trainer
         trainer.optimizer.zero_grad()
-        trainer.undo_step(self.mark)
+        trainer.restore_counters(self.counters)
         trainer._tr_loss.copy_(self.loss_before)
         trainer._initial_global_step += 1  # the mean loss of the run is over the steps that were made
         trainer.skipped_steps += 1

@@ -85,6 +85,12 @@ def non_finite_error(
     )
 
 
+def last_step_error(problem: str, ways_out: Sequence[str], *, then: str) -> FloatingPointError:
+    """`problem`: what is not finite after the last step. `then`: what becomes of its checkpoints."""
+    ways = ["Lower the learning rate", "set --max_grad_norm", *ways_out]
+    return FloatingPointError(f"{problem}. {', '.join(ways[:-1])}, or {ways[-1]}.{then}")
+
+
 def number_of_bad_tensors(model: nn.Module, scores: Tensor | None, device: torch.device) -> Tensor:
     """How many of the trained weights, as far as this rank holds them, and of the scores are not finite: a number, float32."""
     trained = [local_shard(getattr(p, "ds_tensor", p)).detach() for p in model.parameters() if p.requires_grad]

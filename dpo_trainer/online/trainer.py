@@ -176,7 +176,7 @@ class OnlineDPOTrainer(DPOTrainer):
     def train(self, *args, **kwargs):
         """See `DurableTrainer.train`."""
         self.rounds = Rounds(self.args.generate_every)  # what an earlier run left over belongs to its epoch
-        self._use_beta(0.0)
+        self._set_beta_of_epoch(0.0)
         self.rollout.restart_clock()
         return super().train(*args, **kwargs)
 
@@ -184,7 +184,7 @@ class OnlineDPOTrainer(DPOTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The batches of an optimizer step, as pairs: Trainer asks for them before its first forward."""
-        self._use_beta(self.state.epoch or 0.0)
+        self._set_beta_of_epoch(self.state.epoch or 0.0)
         rows = self.rounds.next(
             lambda: [self._rows(batch, self._train_batch_size) for batch in islice(epoch_iterator, num_batches)],
             self._sample_steps,
@@ -210,7 +210,7 @@ class OnlineDPOTrainer(DPOTrainer):
             row if is_real else row | {"example_id": PADDING_ROW_ID} for row, is_real in zip(rows, real, strict=True)
         ]
 
-    def _unweigh_fillers(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
+    def _mask_padding_rows(self, inputs: dict[str, Any], rows_per_rank: int) -> list[Tensor]:
         """They weigh nothing since they were drawn."""
         return [part["example_ids"] != PADDING_ROW_ID for part in micro_batches(inputs)]
 
@@ -219,7 +219,7 @@ class OnlineDPOTrainer(DPOTrainer):
         """Of the epoch at hand."""
         return self.args.beta  # type: ignore[return-value]  # a number, once the config is made
 
-    def _use_beta(self, epoch: float) -> None:
+    def _set_beta_of_epoch(self, epoch: float) -> None:
         beta = self.args.beta_of_epoch(epoch)
         if beta != self.beta:
             self.args.beta = beta  # type: ignore[assignment]

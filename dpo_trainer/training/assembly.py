@@ -11,10 +11,12 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers.utils import logging
 
+from ..checkpointing.save_checks import check_wrapping
 from ..config import DPOConfig
 from ..data import DataOptions
 from ..data.images.inputs import ImageInputs
 from ..data.images.text import ImageText
+from ..distributed.engine_checks import check_placement
 from ..distributed.engines import shards_weights
 from ..losses import Objective
 from ..models.adapter_types import refuse_adapter_kind
@@ -103,6 +105,14 @@ class Assembly:
     scorer: Scorer
     reference: Reference
     layout: Layout
+
+
+def check_models(args: DPOConfig, *models: str | nn.Module | None) -> None:
+    """Refuse a model that is wrapped already, or placed where the engine cannot use it. Names of models are not checked."""
+    for model in models:
+        if isinstance(model, nn.Module):
+            check_wrapping(model)
+            check_placement(model, args)
 
 
 def assemble(

@@ -7,15 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from transformers.utils import logging
 
 from ..config import DPOConfig
 from ..data import DataOptions, DataReport, Needs, prepare_mixture, report_table, write_reports
+from ..data.batches.sampling import BalancedSampler
 from ..data.content import dataset_digest
 from ..data.files.dataset_inputs import Rows, datasets_of, refuse_columns
 from ..data.files.local_files import AnyDataset
+from ..models.positions import table_of_positions, window_of
+from ..models.vocabulary import smallest_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +78,31 @@ class RunData:
         for report in self.reports.values():
             if report.streaming:
                 report.clear()
+
+
+def balanced_sampler(rows: Dataset, args: DPOConfig, batch_size: int, generator: torch.Generator) -> BalancedSampler:
+    """The sampler of `--train_sampling_strategy batch_rebalance`. `batch_size`: rows of one rank in one micro-batch."""
+    return BalancedSampler(
+        rows[args.length_column_name],
+        batch_size=batch_size,
+        ranks=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        generator=generator,
+    )
+
+
+def needs_of_models(
+    model: nn.Module, references: Sequence[nn.Module], *, unusable_margin: Any, multiple: int | None
+) -> Needs:
+    """What the model, and the references beside it, demand of every row. `multiple`: padding takes positions too."""
+    found = [table_of_positions(each) for each in (model, *references)]
+    least = min((positions for positions in found if positions is not None), default=None)
+    return Needs(
+        **smallest_vocabulary(model, references[0] if references else None),
+        positions=least if least is None else least - least % (multiple or 1),
+        window=window_of(model),
+        unusable_margin=unusable_margin,
+    )
 
 
 WHOLE = (

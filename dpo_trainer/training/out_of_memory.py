@@ -67,7 +67,7 @@ class MemoryAdvice:
 
 
 @contextlib.contextmanager
-def explained(inputs: Mapping[str, Any], advice: Callable[[], MemoryAdvice]) -> Iterator[None]:
+def out_of_memory_advice(inputs: Mapping[str, Any], advice: Callable[[], MemoryAdvice]) -> Iterator[None]:
     """Around a step: if memory runs out, say what was in the batch and what helps."""
     try:
         yield

@@ -113,7 +113,7 @@ def waits_of_steps(
         assert trainer.args.bf16
         trainer.layout.settled = trainer.reference_check.begun = True
         trainer.reference_check.applies = False
-        trainer.know_run = lambda: setattr(trainer, "identity", {})  # type: ignore[method-assign]
+        trainer.prepare_run = lambda: setattr(trainer, "identity", {})  # type: ignore[method-assign]
         with waits, mock.patch.object(FakeTensor, "tolist", lambda tensor: waits.tolist(tensor)):
             trainer.train()
     return [waits.seen[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
