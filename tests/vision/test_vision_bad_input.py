@@ -88,7 +88,7 @@ GIF = encoded(PICTURE, "GIF", save_all=True, append_images=[zoo.noise(1)])
 IMAGES: dict[str, tuple[Any, str]] = {
     "missing": ("not there.png", "the image 'not there.png' does not exist. Mend the path, or say with --image_root"),
     "empty": (b"", "the image holds no bytes. Fetch it again, or leave the row out"),
-    "no image": (b"hello, world", "is no image that can be read here"),
+    "no image": (b"hello, world", "is not a supported image"),
     "cut short": (JPEG[:-300], "is truncated. Fetch the file again"),
     "corrupt": (CORRUPT, "cannot be decoded"),
     "bomb": (bomb(), "has 400000000 pixels, and more than"),
@@ -300,7 +300,7 @@ CHANGES: dict[str, tuple[bytes | None, str]] = {
     "deleted": (None, "does not exist. Mend the path"),
     "emptied": (b"", "holds no bytes. Fetch it again"),
     "cut short": (JPEG[:-300], "is truncated. Fetch the file again"),
-    "replaced": (b"hello, world", "is no image that can be read here"),
+    "replaced": (b"hello, world", "is not a supported image"),
     "corrupt": (CORRUPT, "cannot be decoded"),
 }
 
