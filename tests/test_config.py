@@ -215,7 +215,7 @@ REFUSALS = [
     ({"sync_ref_model": True, "ref_model_sync_epochs": 0.5}, "--ref_model_sync_epochs must be an integer", "got 0.5"),
     (
         {"sync_ref_model": True, "ref_model_sync_steps": 9, "ref_model_sync_epochs": 1},
-        "--ref_model_sync_steps 9 and --ref_model_sync_epochs 1 both say",
+        "--ref_model_sync_steps 9 and --ref_model_sync_epochs 1 both set",
         "give one of them",
     ),
     (

@@ -132,8 +132,12 @@ def test_a_file_of_accelerate_in_json_too(tmp_path):
         ({"fsdp": True, "fsdp_config": {"version": 1}}, "--fsdp True with fsdp_version 1", "fsdp2.yaml"),
         ({"fsdp": "full_shard", "fsdp_config": {"fsdp_version": "1"}}, "with fsdp_version 1 is FSDP1", "fsdp2.yaml"),
         ({"fsdp": True, "fsdp_config": {"cpu_ram_efficient_loading": True}}, "empty weights", "fsdp2.yaml"),
-        ({"deepspeed": "no/such.json"}, "--deepspeed no/such.json: there is no such file", "Name a JSON file"),
-        ({"fsdp": True, "fsdp_config": "nosuch"}, "--fsdp_config nosuch: there is no such file", "or give JSON"),
+        (
+            {"deepspeed": "no/such.json"},
+            "--deepspeed no/such.json: this file does not exist",
+            "Give the path of a JSON file",
+        ),
+        ({"fsdp": True, "fsdp_config": "nosuch"}, "--fsdp_config nosuch: this file does not exist", "or JSON text"),
         ({"deepspeed": "{'stage': 2}"}, "--deepspeed {...} is not JSON", "as JSON"),
     ],
     ids=str,
@@ -212,7 +216,7 @@ def test_what_the_launcher_must_not_say(words, what):
 def test_a_launcher_that_agrees_with_the_run():
     launch("--num_processes", "2", "--num_machines", "1", "--multi_gpu", "--mixed_precision", "bf16")
     check_launcher(launched(bf16=True))
-    with pytest.raises(ValueError, match=r"mixed_precision: bf16 of the launcher .* which is fp16"):
+    with pytest.raises(ValueError, match=r"mixed_precision: bf16 of the launcher .* precision of the run, fp16"):
         check_launcher(launched(fp16=True))
 
 

@@ -88,7 +88,7 @@ def every_rank(sampler: Callable[[], Sampler], batch_size: int, ranks: int, *, d
 
 
 def real_rows(dealt: Any, rows: int, batch_size: int) -> list[list[int]]:
-    """The rows of each micro-batch of all ranks, without those that fill it, by the rule of `DPOTrainer._mask_padding_rows`:
+    """The rows of each micro-batch of all ranks, without those that fill it, by the rule of `mask_padding_rows`:
     the last micro-batch holds `remainder` others, in the order of the ranks."""
     rounds = [[row for batch in batches for row in batch] for batches in zip(*dealt, strict=True)]
     remainder = rows % (batch_size * len(dealt))

@@ -115,7 +115,7 @@ def _check_moving_reference(config: ReferenceOptions) -> None:
     if config.ref_model_sync_steps is not None and config.ref_model_sync_epochs is not None:
         raise ValueError(
             f"--ref_model_sync_steps {config.ref_model_sync_steps} and --ref_model_sync_epochs "
-            f"{config.ref_model_sync_epochs} both set when the reference moves: give only one of them."
+            f"{config.ref_model_sync_epochs} both set when the reference moves: give one of them."
         )
     alpha = config.ref_model_mixup_alpha
     if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha <= 1):

@@ -142,20 +142,20 @@ def listing(folder: Path) -> str:
     return f"it holds {', '.join(names[:6])}{more}"
 
 
-def check_folder(flag: str, given: str) -> None:
+def check_folder(flag: str, value: str) -> None:
     """Refuse a name that no folder can have, or that something else has.
 
     Raises:
         ValueError: names the flag, the value and what is there.
     """
-    shown = f"{flag} '{printable(given)}'"
-    if not given.strip():
+    shown = f"{flag} '{printable(value)}'"
+    if not value.strip():
         raise ValueError(f"{shown} is empty: name a folder, such as out.")
-    if "\0" in given or not _is_utf8(given):
+    if "\0" in value or not _is_utf8(value):
         raise ValueError(
             f"{shown} is not UTF-8, or holds a NUL: files with weights cannot have such a name. Give another."
         )
-    folder = Path(given).expanduser()
+    folder = Path(value).expanduser()
     there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
     if there.is_symlink() and not there.exists():
         raise ValueError(

@@ -200,10 +200,10 @@ def test_no_path_is_looked_for_outside(tmp_path):
     [
         (
             b"hello, world",
-            "is no image that can be read here, or the mere beginning of one (it begins with b'hello, w')",
+            "is not a supported image, or only the beginning of one (it begins with b'hello, w')",
         ),
-        (PNG[:5], "the mere beginning"),
-        (PNG[:20], "is cut short"),
+        (PNG[:5], "only the beginning"),
+        (PNG[:20], "is truncated"),
         (b'<?xml version="1.0"?>\n<svg xmlns="x"/>', "is an SVG drawing. Render it to PNG"),
         (b"  <!DOCTYPE html><html><svg>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS. Fetch"),
@@ -262,7 +262,7 @@ def test_thumbnail_is_not_taken_for_the_end():
 def test_truncated_files_are_refused_though_pil_may_be_told_to_fill_them_up(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for whole in (PNG, JPEG):
-        assert "is cut short. Fetch the file again" in refusal(whole[:-300])
+        assert "is truncated. Fetch the file again" in refusal(whole[:-300])
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True  # another's choice
 
 
@@ -567,7 +567,7 @@ def test_servers_that_fail(server):
         ("500", "could not be fetched (HTTP 500). Try again later", 3),
         ("broken", "could not be fetched (", 3),
         ("empty", "holds no bytes", 1),
-        ("cut", "is cut short", 1),
+        ("cut", "is truncated", 1),
     ):
         server.asked.clear()
         assert f"'{server.address}/{path}' {says}" in refusal(f"{server.address}/{path}", ONLINE)

@@ -88,8 +88,8 @@ GIF = encoded(PICTURE, "GIF", save_all=True, append_images=[zoo.noise(1)])
 IMAGES: dict[str, tuple[Any, str]] = {
     "missing": ("not there.png", "the image 'not there.png' does not exist. Mend the path, or say with --image_root"),
     "empty": (b"", "the image holds no bytes. Fetch it again, or leave the row out"),
-    "no image": (b"hello, world", "is no image that can be read here"),
-    "cut short": (JPEG[:-300], "is cut short. Fetch the file again"),
+    "no image": (b"hello, world", "is not a supported image"),
+    "cut short": (JPEG[:-300], "is truncated. Fetch the file again"),
     "corrupt": (CORRUPT, "cannot be decoded"),
     "bomb": (bomb(), "has 400000000 pixels, and more than"),
     "several frames": (GIF, "holds several frames or pages (GIF). Give the frame that is meant"),
@@ -299,8 +299,8 @@ def test_the_trainer_refuses_bad_images_at_once(name, tmp_path):
 CHANGES: dict[str, tuple[bytes | None, str]] = {
     "deleted": (None, "does not exist. Mend the path"),
     "emptied": (b"", "holds no bytes. Fetch it again"),
-    "cut short": (JPEG[:-300], "is cut short. Fetch the file again"),
-    "replaced": (b"hello, world", "is no image that can be read here"),
+    "cut short": (JPEG[:-300], "is truncated. Fetch the file again"),
+    "replaced": (b"hello, world", "is not a supported image"),
     "corrupt": (CORRUPT, "cannot be decoded"),
 }
 
