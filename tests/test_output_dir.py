@@ -208,7 +208,7 @@ def test_auto_goes_on_with_the_run_that_began_last(tmp_path, caplog):
         in said(caplog)
     )
     got = run(folder, "auto", learning_rate=0.2)
-    assert "checkpoint-6 is skipped: another run wrote it" in said(caplog)
+    assert "checkpoint-6 is skipped: it belongs to an earlier run" in said(caplog)
     assert f"Resuming from {folder / 'checkpoint-4'}" in said(caplog)
     tiny.assert_same_weights(tiny.weights(got.model), want)
 
@@ -217,7 +217,7 @@ def test_auto_begins_anew_where_this_run_has_saved_nothing_yet(tmp_path, caplog)
     run(tmp_path, max_steps=4)
     run(tmp_path, until=2)
     trainer = build(tmp_path)
-    with pytest.raises(ValueError, match=r"no whole checkpoint .*checkpoint-4: another run wrote it"):
+    with pytest.raises(ValueError, match=r"no whole checkpoint .*checkpoint-4: it belongs to an earlier run"):
         trainer.train(resume_from_checkpoint="true")
     caplog.clear()
     trainer.train(resume_from_checkpoint="auto")

@@ -280,7 +280,7 @@ def test_cached_rows_of_an_earlier_release_have_no_checksum(tmp_path, caplog, mo
     cache.with_name(f"{cache.name}.json").unlink()
     cut_at_a_batch(cache)
     assert prepare(load_from_disk(tmp_path), max_length=20)[0].to_list() == first
-    assert "it has no end): they are computed anew" in caplog.text
+    assert "it has no end): they are computed again" in caplog.text
 
 
 def test_other_rows_are_tokenized_anew(tmp_path):

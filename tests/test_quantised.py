@@ -310,7 +310,7 @@ def test_a_packed_model_is_refused(base, wrapped, and_back, saved, tmp_path):
         if wrapped
         else {"model": model, "parts": {"peft_config": tiny.lora()}}
     )
-    with pytest.raises(ValueError, match=r"4-bit layer .*q_proj.* packed its weights.*Load the model anew"):
+    with pytest.raises(ValueError, match=r"4-bit layer .*q_proj.* packed its weights.*Load the model again"):
         tiny.trainer(tmp_path, **how)
 
 
@@ -331,7 +331,7 @@ class Pack(TrainerCallback):
 def test_layers_packed_behind_the_trainer_are_found_with_the_first_batch(saved, tmp_path):
     trainer = tiny.trainer(tmp_path, model=quantised(saved, "nf4"), parts={"peft_config": tiny.lora()})
     trainer.add_callback(Pack())
-    with pytest.raises(ValueError, match=r"through the quantised layer .*q_proj.* are not those.*Load the model anew"):
+    with pytest.raises(ValueError, match=r"through the quantised layer .*q_proj.* are not those.*Load the model again"):
         trainer.train()
 
 

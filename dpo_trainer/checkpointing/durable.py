@@ -412,7 +412,7 @@ class DurableTrainer(Trainer):
         if not Path(checkpoint, name).is_file():
             logger.warning_once(
                 f"{checkpoint} has no {name}, as after a change of the number of processes: what draws random numbers (dropout, "
-                "sampling) goes on with others than those of the interrupted run."
+                "sampling) uses other numbers than the interrupted run."
             )
         with explain_unreadable(checkpoint, name):
             super()._load_rng_state(checkpoint)

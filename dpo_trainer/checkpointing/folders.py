@@ -93,7 +93,7 @@ def last_whole_checkpoint(output_dir: Path, needs: str | None = None) -> Path | 
 
 def _unusable(checkpoint: Path, needs: str | None, *, own: bool) -> str | None:
     if not own and run_of(checkpoint) is not None:  # where that cannot be read, it is broken
-        return "another run wrote it than the one that began last in this folder; to go on with that run, name this checkpoint"
+        return "it belongs to an earlier run in this folder; to resume that run, name this checkpoint"
     reason = failure(checkpoint) or broken_file(checkpoint)
     if reason is None and needs is not None and not (checkpoint / needs).is_file():
         reason = f"it has no {needs}: it was written with --save_only_model, and holds only a model"

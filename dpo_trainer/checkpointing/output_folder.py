@@ -111,7 +111,7 @@ class OutputFolder:
             write_record(self.path, self.record, self.path / ASIDE)
         except OSError as error:  # the first checkpoint says what to do about that disk
             logger.warning(
-                f"{self.path} could not be marked as this run's ({error}): --resume_from_checkpoint auto may go on with another's."
+                f"{self.path} could not be marked as this run's ({error}): --resume_from_checkpoint auto may resume another run."
             )
 
     def own(self, run_folder: Path) -> list[Path]:
@@ -147,7 +147,7 @@ class OutputFolder:
             logger.warning(
                 f"--output_dir {self.path} holds checkpoints of another run ({', '.join(names)}), and this run begins anew. They stay, "
                 "except where it writes one of the same name; --save_total_limit does not count them, and "
-                "--resume_from_checkpoint auto goes on with this run from its first step on. To go on with theirs, name one of them; "
+                "--resume_from_checkpoint auto resumes this run from its first step on. To resume an earlier run, name one of its checkpoints; "
                 "otherwise remove them, or give another --output_dir."
             )
 

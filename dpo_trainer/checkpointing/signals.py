@@ -136,9 +136,7 @@ def telling_command(argv: Sequence[str] | None, script: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say(
-            f"\n{script}: ended by Ctrl-C. From the newest checkpoint, where there is one, this goes on:\n  {command}\n"
-        )
+        say(f"\n{script}: ended by Ctrl-C. If there is a checkpoint, this command resumes from it:\n  {command}\n")
         raise SystemExit(INTERRUPTED) from None
     finally:
         COMMAND.reset(before)

@@ -62,7 +62,7 @@ def _remove_damaged(dataset: Dataset, fingerprint: str) -> None:
         # Without a checksum are those of an earlier release, or of a run that was killed as it had written them.
         reason = damage(file) if is_sealed(file) else _unfinished(file)
         if reason is not None:
-            logger.warning("The cached rows %s are damaged (%s): they are computed anew.", file, reason)
+            logger.warning("The cached rows %s are damaged (%s): they are computed again.", file, reason)
             remove_sealed(file)
 
 

@@ -127,7 +127,7 @@ def _refuse_packed(name: str, module: Any) -> None:
     if hasattr(getattr(getattr(module, "weight", None), "quant_state", None), "original_dtype"):
         raise ValueError(
             f"The 4-bit layer {name} has computed in eval mode on this CPU, and bitsandbytes packed its weights for inference then: they "
-            "are rounded, and gradients through them are wrong. Load the model anew and build the trainer before anything is "
+            "are rounded, and gradients through them are wrong. Load the model again and build the trainer before anything is "
             "asked of it (generate, evaluation); from then on its layers are not packed."
         )
 

@@ -106,7 +106,9 @@ def api_key(name: str, base_url: str, *, needed: bool) -> str:
     if not key:
         return NO_KEY
     if not re.fullmatch(r"[!#-&(-\[\]-~]+", key):  # the HTTP library would show it in an error
-        raise ValueError(f"api_key_env: ${name} has white space, quotes, or characters beyond ASCII: set it anew.")
+        raise ValueError(
+            f"api_key_env: ${name} has white space, quotes, or characters beyond ASCII: correct its value."
+        )
     return key
 
 

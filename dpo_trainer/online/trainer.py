@@ -327,7 +327,9 @@ class OnlineDPOTrainer(DPOTrainer):
         if len(state["rounds"]) == self.args.world_size:
             self.rounds.load(state["rounds"][self.args.process_index])
         elif any(of_rank["waiting"] for of_rank in state["rounds"]):
-            logger.warning("Another number of processes: what waited to be trained on is sampled anew.")
+            logger.warning(
+                "The number of processes has changed: completions that were not trained on yet are sampled again."
+            )
         # The sum over ranks is what is shown, so that one rank can go on with all. Checkpoints of earlier releases have none.
         for name, total in state.get("feedback_counts", {}).items():
             self.feedback.counts[name] = total if self.is_world_process_zero() else 0.0

@@ -108,7 +108,7 @@ class RunOptions(TrainingArguments):
     )
     use_cpu: bool = field(
         default=False,
-        metadata={"help": "Compute on the CPU. Set by itself where there is nothing else to compute on."},
+        metadata={"help": "Compute on the CPU. Set automatically where there is no other device."},
     )
     liger_kernel_config: dict[str, bool] | None = field(
         default_factory=lambda: {"cross_entropy": False, "fused_linear_cross_entropy": False},

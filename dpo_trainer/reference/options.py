@@ -121,7 +121,7 @@ def _check_moving_reference(config: ReferenceOptions) -> None:
     if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha <= 1):
         raise ValueError(
             f"--ref_model_mixup_alpha must be a number above 0 and at most 1, got {alpha!r}: the share of the policy, "
-            "0.6 where nothing is said; 1 replaces the reference. For one that stays, leave --sync_ref_model off."
+            "the default is 0.6; 1 replaces the reference. For a reference that does not move, leave --sync_ref_model off."
         )
     for name, why in {
         "precompute_ref_log_probs": "its cache holds the numbers of a reference that stays",

@@ -146,7 +146,7 @@ class Layout:
             layer, off = found or ("of another rank", math.nan)
             raise ValueError(
                 f"Gradients through the quantised layer {layer} are not those of what it computes (off by {off:.1e}, relative): its "
-                "kernel is one for inference, or it was packed for inference. Load the model anew, quantise it with another "
+                "kernel is one for inference, or it was packed for inference. Load the model again, quantise it with another "
                 "backend (--load_in_4bit, --load_in_8bit), or leave it in floating point."
             )
 

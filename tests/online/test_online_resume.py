@@ -250,7 +250,7 @@ def test_what_waits_on_another_number_of_processes_is_sampled_anew(runs, tmp_pat
     online = build(tmp_path, generate_every=3)
     with caplog.at_level(logging.WARNING):
         online.load_run_state({**state, "rounds": state["rounds"] * 2}, {})
-    assert "what waited to be trained on is sampled anew" in caplog.text
+    assert "that were not trained on yet are sampled again" in caplog.text
     assert online.rounds.state()["waiting"] == []
 
 

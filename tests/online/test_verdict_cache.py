@@ -177,7 +177,7 @@ def test_what_fails_later_ends_caching_and_nothing_else(tmp_path, caplog, monkey
         assert cache.get(KEYS[:2]) == [None, None]
     assert not cache.working
     (record,) = caplog.records  # once
-    assert "asked anew" in record.getMessage()
+    assert "asked again" in record.getMessage()
 
 
 def test_a_lock_that_is_kept_ends_caching(tmp_path, caplog, monkeypatch):

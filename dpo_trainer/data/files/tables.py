@@ -56,7 +56,7 @@ def _is_whole(path: Path) -> bool:
         return False
     reason = damage(path)
     if reason is not None:
-        logger.warning("The cached table %s is damaged (%s): it is made anew from the files.", path, reason)
+        logger.warning("The cached table %s is damaged (%s): it is built again from the files.", path, reason)
     return reason is None
 
 

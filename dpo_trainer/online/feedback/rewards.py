@@ -195,7 +195,9 @@ def _checked_signature(function: Any, name: str) -> list[inspect.Parameter]:
     if not callable(function):
         raise ValueError(f"A reward must be a function, or an object with `name` and `scores`, got {function!r}.")
     if any(map(inspect.iscoroutinefunction, (function, function.__call__))):  # an object's own kind says nothing
-        raise ValueError(f"Reward {name!r} is async, and nobody awaits it: run it inside a plain function. {usage}")
+        raise ValueError(
+            f"Reward {name!r} is async, and rewards are called without await: run it inside a plain function. {usage}"
+        )
     try:
         signature = inspect.signature(function)
         signature.bind_partial(None, None)

@@ -131,7 +131,7 @@ class VerdictCache:
         except (ValueError, OSError) as error:
             self.working = False
             logger.warning(
-                "The verdicts in %s cannot be used any more (%s): every question is asked anew from now on. Look at the "
+                "The verdicts in %s cannot be used any more (%s): every question is asked again from now on. Look at the "
                 "disk, or give another cache_dir.",
                 self.path,
                 _reason(error),
@@ -155,7 +155,7 @@ class VerdictCache:
             if identity_of(self.path) != standing:
                 return  # another process has moved it already
             aside = move_aside(self.path)
-        logger.warning("%s It is moved aside to %s; its questions are asked anew.", problem, aside.name)
+        logger.warning("%s It is moved aside to %s; its questions are asked again.", problem, aside.name)
 
 
 def _reason(error: Exception) -> str:

@@ -106,7 +106,7 @@ class Store:
     def _discard(self, keys: Collection[bytes]) -> None:
         if not self.damaged:
             logger.warning(
-                "The reference cache %s has damaged records: they are dropped, and computed anew.", self.path
+                "The reference cache %s has damaged records: they are dropped and computed again.", self.path
             )
         self.damaged += len(keys)
         if not self.read_only:
@@ -192,4 +192,4 @@ class Store:
             raise ValueError(
                 f"{problem} It cannot be moved aside ({error}): delete it, or give another --ref_cache_dir."
             ) from error
-        logger.warning("%s It is moved aside to %s; its log-probs are computed anew.", problem, aside.name)
+        logger.warning("%s It is moved aside to %s; its log-probs are computed again.", problem, aside.name)
