@@ -419,7 +419,7 @@ ONE_BY_ONE: dict[str, Any] = {"train_sampling_strategy": "sequential", "per_devi
 def test_a_model_whose_attention_is_not_known_falls_back_to_padded_rows(family, runs, monkeypatch, tmp_path):
     """The check on the first batch finds it: it looks at an image of its own, whatever that batch holds."""
     known = {"paligemma": "prompt"} if family == "gemma3" else {}
-    monkeypatch.setattr(dpo_trainer.vision, "MUTUAL", known)
+    monkeypatch.setattr(dpo_trainer.models.vision, "MUTUAL", known)
     with vision_rows.warnings_of() as said:
         made = vision_rows.trainer(tmp_path, family, **ONE_BY_ONE)
         assert made.layout.name == "flat"
@@ -434,7 +434,7 @@ def test_a_model_whose_attention_is_not_known_falls_back_to_padded_rows(family, 
 
 
 def test_the_check_sees_an_image_where_the_first_batch_has_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(dpo_trainer.vision, "MUTUAL", {})
+    monkeypatch.setattr(dpo_trainer.models.vision, "MUTUAL", {})
     rows = [*vision_rows.rows()[2:3], *vision_rows.rows()[:1]]
     made = vision_rows.trained(tmp_path, "gemma3", train=vision_rows.dataset(rows), max_steps=1, **ONE_BY_ONE)
     assert made.layout.name == "padded"
@@ -450,7 +450,7 @@ def test_the_check_has_words_where_prompts_are_images_alone(fresh):
 
 
 def test_layout_flat_is_refused_where_it_would_be_wrong(monkeypatch, tmp_path):
-    monkeypatch.setattr(dpo_trainer.vision, "MUTUAL", {})
+    monkeypatch.setattr(dpo_trainer.models.vision, "MUTUAL", {})
     made = vision_rows.trainer(tmp_path, "gemma3", layout="flat")
     with pytest.raises(ValueError, match="--layout flat does not work with Gemma3ForConditionalGeneration: flat: "):
         made.train()

@@ -335,7 +335,7 @@ def images_processed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Which images of rows go through the image processor, by their pixels; those that are made to ask it things aside."""
     own = {_hash(image) for row in vision_rows.rows() for image in row["images"]}
     seen: list[str] = []
-    process = dpo_trainer.data.image_inputs.processed
+    process = dpo_trainer.data.images.inputs.processed
 
     def recorded(processor: Any, image: Any) -> Any:
         if _hash(image) in own:
@@ -343,7 +343,7 @@ def images_processed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return process(processor, image)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo_trainer.data.image_inputs, "processed", recorded)
+        patch.setattr(dpo_trainer.data.images.inputs, "processed", recorded)
         yield seen
 
 
