@@ -30,7 +30,7 @@ from PIL import ImageFile
 from transformers import ProcessorMixin
 
 from dpo_trainer.data import FEATURES, DataOptions, prepare_dataset, prepare_mixture
-from dpo_trainer.data.images.image_columns import alike
+from dpo_trainer.data.images.image_columns import same_image_types
 from dpo_trainer.data.images.source import ImageAccess, images_of
 from dpo_trainer.data.images.text import ImageText
 from dpo_trainer.data.mapping import PairMapper
@@ -755,7 +755,7 @@ def test_mixtures_of_all_forms_of_images(tmp_path):
     alone = [content(table)[0] for table in tables]
     assert [len(images) for *_, images in alone] == [1] * 9 + [0] * 4
     for first, second in itertools.combinations(range(len(forms)), 2):
-        both = concatenate_datasets(alike([tables[first], tables[second]]))
+        both = concatenate_datasets(same_image_types([tables[first], tables[second]]))
         assert content(both) == [alone[first], alone[second]]
     rows, _ = mixture(*forms)
     assert content(rows) == alone
