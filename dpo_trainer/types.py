@@ -240,6 +240,7 @@ class PairBatch:
     pairs_by_rank: tuple[int, ...] | None = None  # N of every rank, on the host; None: not asked for
     images: ImageBatch | None = None
     token_types: dict[str, Tensor] | None = None  # {argument of the model: [R, L]} padded: which tokens are an image's
+    tokenized_rows: Sequence[TokenizedPair] | None = None  # what was collated, on the host, without the images
 
     @property
     def is_flat(self) -> bool:
@@ -294,8 +295,9 @@ class PairBatch:
             )
         first = lengths.cumsum(0) - lengths
         pairs = torch.arange(rows // 2, device=input_ids.device)
+        example_ids = inputs.get("example_ids", pairs)
         return cls(
-            example_ids=inputs.get("example_ids", pairs),
+            example_ids=example_ids,
             weight=pair_weight(inputs),
             input_ids=input_ids,
             attention_mask=inputs["attention_mask"],
@@ -308,7 +310,25 @@ class PairBatch:
             rejected=pairs + rows // 2,
             num_tokens=int(inputs["attention_mask"].sum()),
             margin=inputs.get("margin"),
+            tokenized_rows=_masked_rows(input_ids.tolist(), mask.tolist(), example_ids.tolist()),
         )
+
+
+def _masked_rows(tokens: list[list[int]], mask: list[list[bool]], example_ids: list[int]) -> list[TokenizedPair]:
+    """Return the N pairs of [2N, L] tokens: the prompt ends where `mask` first marks a token of a completion."""
+    completions = [
+        [token for token, marked in zip(*row, strict=True) if marked] for row in zip(tokens, mask, strict=True)
+    ]
+    number = len(example_ids)
+    return [
+        TokenizedPair(
+            example_id=example_ids[n],
+            prompt_ids=tokens[n][: mask[n].index(True)],
+            chosen_ids=completions[n],
+            rejected_ids=completions[n + number],
+        )
+        for n in range(number)
+    ]
 
 
 def with_scored_tokens(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpo_trainer import DataCollatorForPreference
 from dpo_trainer.data.batches.collate import flat_inputs, padded_inputs
-from dpo_trainer.data.batches.uncollate import as_padded, pairs_of
+from dpo_trainer.scoring.layout import as_padded
 from dpo_trainer.types import PairBatch, Preferred, TokenizedPair
 
 PAD = 0
@@ -223,38 +223,30 @@ def test_rows_are_rounded_up_and_no_further(rows, multiple):
         assert 0 <= rounded - plain < multiple
 
 
-@given(batches, multiples)
+@given(batches, multiples, st.sampled_from(["flat", "padded"]))
 @quick
-def test_rows_come_back_out_of_a_flat_batch(rows, multiple):
-    assert pairs_of(flat(rows, multiple)) == rows
+def test_a_batch_carries_its_rows(rows, multiple, layout):
+    assert {"flat": flat, "padded": padded}[layout](rows, multiple).tokenized_rows == rows
 
 
-@given(batches, multiples)
+@given(batches_of_two, multiples)
 @quick
-def test_pairs_come_back_out_of_a_padded_batch(rows, multiple):
-    """Rows of two, whole; of others, what is scored of each pair, behind all that stands before it."""
-    plain = [dataclasses.replace(row, more_ids=(), pairs=(Preferred(0, 1, 0.5),), unscored=()) for row in rows]
-    assert pairs_of(padded(plain, multiple)) == plain
-    got = pairs_of(padded(rows, multiple))
-    want = oracles.apart(rows)
-    assert [(p.example_id, p.weight, p.pairs) for p in got] == [(p.example_id, p.weight, p.pairs) for p in want]
-    places = oracles.scored(want)
-    for i, (pair, whole) in enumerate(zip(got, want, strict=True)):
-        chosen, rejected = ([ids[t] for t in places[2 * i + k]] for k, ids in enumerate(whole.completions))
-        assert (pair.chosen_ids, pair.rejected_ids) == (chosen, rejected)
+def test_rows_of_a_batch_that_has_masks_alone(rows, multiple):
+    """One of another library: the tokens that its mask marks, behind all that stands before the first of them."""
+    inputs = padded_inputs(rows, PAD, multiple)
+    names = ("input_ids", "attention_mask", "completion_mask", "example_ids")
+    got = PairBatch.from_completion_mask({name: inputs[name] for name in names}).tokenized_rows
+    places = oracles.scored(rows)
+    for i, (pair, whole) in enumerate(zip(got, rows, strict=True)):
+        assert pair.example_id == whole.example_id
+        assert pair.completions == [[ids[t] for t in places[2 * i + k]] for k, ids in enumerate(whole.completions)]
         assert pair.prompt_ids == (whole.prompt_ids + whole.chosen_ids)[: len(whole.prompt_ids) + places[2 * i][0]]
-
-
-def test_stretches_come_back_joined():
-    """However they were written down: the same tokens are scored."""
-    (row,) = oracles.random_pairs([(2, 6, 3)])
-    written = dataclasses.replace(row, unscored=((1, 1, 2), (0, 3, 5), (0, 1, 2), (0, 2, 4)))
-    (got,) = pairs_of(flat([written]))
-    assert got == dataclasses.replace(row, unscored=((0, 1, 5), (1, 1, 2)))
 
 
 def assert_same_batch(got: PairBatch, want: PairBatch) -> None:
     for field in dataclasses.fields(PairBatch):
+        if field.name == "tokenized_rows":  # what the other fields were made from
+            continue
         a, b = getattr(got, field.name), getattr(want, field.name)
         if isinstance(b, torch.Tensor):
             assert a.dtype == b.dtype, field.name
@@ -265,8 +257,16 @@ def assert_same_batch(got: PairBatch, want: PairBatch) -> None:
 
 @given(batches, multiples)
 @quick
-def test_a_flat_batch_can_be_taken_apart_into_padded_rows(rows, multiple):
+def test_a_flat_batch_can_be_collated_again_in_padded_rows(rows, multiple):
     assert_same_batch(as_padded(flat(rows, multiple), PAD), padded(rows))
+
+
+def test_weights_and_margins_set_after_collating_are_kept():
+    batch = flat(oracles.random_pairs([(3, 2, 4), (2, 2, 2)]))
+    changed = dataclasses.replace(batch, weight=torch.tensor([1.0, 0.0]), margin=torch.tensor([0.5, 2.0]))
+    again = as_padded(changed, PAD)
+    assert again.weight.tolist() == [1.0, 0.0]
+    assert again.margin.tolist() == [0.5, 2.0]
 
 
 def test_a_padded_batch_stays_as_it_is():

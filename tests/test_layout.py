@@ -128,13 +128,13 @@ def test_a_model_that_gets_flat_rows_wrong_falls_back_with_its_name(kind, caplog
 
 
 def test_after_a_fall_back_batches_are_collated_in_padded_rows(tmp_path, monkeypatch):
-    """Taking a flat one apart waits for a GPU: that is for those that were made before the verdict, the first two."""
-    taken_apart: list[bool] = []
+    """Only those that were made before the verdict, the first two, are collated twice."""
+    came_flat: list[bool] = []
     inner = layout_module.as_padded
-    monkeypatch.setattr(layout_module, "as_padded", lambda b, *rest: taken_apart.append(b.is_flat) or inner(b, *rest))
+    monkeypatch.setattr(layout_module, "as_padded", lambda b, *rest: came_flat.append(b.is_flat) or inner(b, *rest))
     fell_back = tiny.trained(tmp_path, model=cheat(IgnoresSegments), max_steps=4)
     assert fell_back.data_collator.layout == fell_back.layout.name == "padded"
-    assert taken_apart == [True, True, False, False]
+    assert came_flat == [True, True, False, False]
     padded = tiny.trained(tmp_path, model=cheat(IgnoresSegments), max_steps=4, layout="padded")
     tiny.assert_same_weights(tiny.weights(fell_back.model), tiny.weights(padded.model), 1e-6)
 
@@ -223,7 +223,7 @@ def test_a_wrong_mask_of_any_completion_is_seen(rows, number, monkeypatch):
 
 
 def test_ranked_rows_fall_back_to_padded_ones():
-    """The flat batch is taken apart, unscored tokens and all: the same numbers as the oracle's."""
+    """The rows of the flat batch are collated again, unscored tokens and all: the same numbers as the oracle's."""
     model = cheat(IgnoresSegments)
     layout, scorer = choose(model)
     batch = layout.settle(model, batch_of(pairs=RANKED))
@@ -354,7 +354,7 @@ def test_only_the_first_batch_is_checked(monkeypatch):
     monkeypatch.setattr(Layout, "verify", lambda *args: (checked.append(args), verify(*args)))
     for _ in range(3):
         batch = layout.settle(model, batch_of())
-        assert not batch.is_flat, "what comes flat later is taken apart as well"
+        assert not batch.is_flat, "what comes flat later is collated again as well"
         assert_scores_right(scorer, model, batch)
     assert len(checked) == 1
     assert layout.settled
@@ -367,6 +367,15 @@ def test_a_padded_batch_under_the_flat_layout_stays_padded():
     batch = batch_of("padded")
     assert layout.settle(model, batch) is batch
     assert_scores_right(scorer, model, batch)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_flat_batch_without_its_rows_is_refused_with_a_way_out(settled):
+    """Where the check needs them, and after a fall back to padded rows."""
+    layout, _ = choose(tiny.llama(), "padded" if settled else "auto")
+    layout.settled = settled
+    with pytest.raises(ValueError, match=r"batch lacks tokenized_rows.*Use DataCollatorForPreference"):
+        layout.settle(tiny.llama(), dataclasses.replace(batch_of(), tokenized_rows=None))
 
 
 def test_a_reference_that_cannot_take_flat_rows_decides_for_both():

@@ -462,7 +462,7 @@ def test_keys_know_which_tokens_are_scored():
 @given(st.lists(rows_of_tokens, min_size=1, max_size=5))
 def test_collated_keys_name_the_completions_of_the_batch(rows):
     """In both layouts, which number completions differently."""
-    from dpo_trainer.data.batches.uncollate import as_padded
+    from dpo_trainer.scoring.layout import as_padded
     from dpo_trainer.types import PairBatch
 
     flat = PairBatch.from_inputs(inputs_of(rows, "flat", 0, keyed=True))

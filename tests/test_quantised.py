@@ -331,7 +331,9 @@ class Pack(TrainerCallback):
 def test_layers_packed_behind_the_trainer_are_found_with_the_first_batch(saved, tmp_path):
     trainer = tiny.trainer(tmp_path, model=quantised(saved, "nf4"), parts={"peft_config": tiny.lora()})
     trainer.add_callback(Pack())
-    with pytest.raises(ValueError, match=r"through the quantised layer .*q_proj.* are not those.*Load the model again"):
+    with pytest.raises(
+        ValueError, match=r"through the quantised layer .*q_proj.* are not those.*Load the model again"
+    ):
         trainer.train()
 
 

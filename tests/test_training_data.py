@@ -11,7 +11,6 @@ import tiny
 import torch
 from datasets import Dataset
 
-from dpo_trainer.data.batches.uncollate import pairs_of
 from dpo_trainer.types import PairBatch
 
 LN2 = math.log(2)
@@ -39,7 +38,7 @@ def test_ranked_rows_train_with_each_completion_once(tmp_path):
     trainer = tiny.trainer(tmp_path, train=Dataset.from_list(RANKED), max_steps=2)
     batch = first_batch(trainer)
     assert (len(batch.chosen), len(batch.lengths)) == (5 + 1 + 3 + 2, 4 + 2 + 3 + 3)
-    tokenizer, rows = tiny.tokenizer(), pairs_of(batch)
+    tokenizer, rows = tiny.tokenizer(), batch.tokenized_rows
     texts = [[tokenizer.decode(ids) for ids in row.completions] for row in rows]
     assert ["hay<|end|>", "milk now<|end|>", "owl<|end|>", "figs<|end|>"] in texts  # best first
     assert batch.num_tokens == sum(trainer.train_dataset["length"])

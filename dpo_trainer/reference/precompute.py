@@ -96,10 +96,10 @@ class Precompute:
         if self.layout.settled:
             return
         rows = [read_row(row, place) for place, row in enumerate(itertools.islice(dataset, 2))]
-        if rows and self.in_step:  # the policy is not cut yet, and perhaps too large for this device
-            self.layout.settle_references(self._batch(rows))
+        if rows and self.in_step:  # the policy is not sharded yet, and perhaps too large for this device
+            self.layout.verify_references(rows, self.accelerator.device)
         elif rows:
-            self.layout.settle(policy, self._batch(rows))
+            self.layout.verify(policy, rows, self.accelerator.device)
 
     def _fill(
         self,

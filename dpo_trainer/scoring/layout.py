@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..data.batches.collate import inputs_of, padded_order
-from ..data.batches.uncollate import as_padded, pairs_of
 from ..data.images.inputs import ImageInputs
 from ..models.linear_check import wrong_gradients
 from ..models.unwrap import base_model, evaluation_mode
@@ -90,42 +89,48 @@ class Layout:
         logger.warning(f"Layout for {name}: {self.name} ({why}).")
 
     def settle(self, policy: nn.Module, batch: PairBatch) -> PairBatch:
-        """`batch` in the layout of the run, which the first batch settles. `policy` is the model as it is wrapped now.
+        """Return `batch` in the layout of the run, after verifying the layout with the first batch.
 
-        After a fall back to padded, what loader workers or collators of the user still make flat is taken apart here. That waits
-        for the device, so that collators of this process follow.
+        `policy` is the model as it is wrapped now. After a fall back to padded, the collators of this process follow. Loader
+        workers and collators of the user may go on making flat batches: their rows are collated again here.
         """
         if not self.settled:
-            self.settle_references(batch)
-            self.verify(self.scorer, policy, batch)
-            self._verify_quantised(policy)
-            self.settled = True
+            self.verify(policy, _rows_of(batch), batch.input_ids.device)
         return as_padded(batch, self.pad_token_id, self.images) if self.name == "padded" else batch
 
     def short(self, batch: PairBatch) -> PairBatch:
-        """Two short rows made of `batch`, in the layout of the run."""
-        rows = _short(pairs_of(batch), self.images)
+        """Return two short rows made from those of `batch`, in the layout of the run."""
+        rows = _short(_rows_of(batch), self.images)
         return PairBatch.from_inputs(
             inputs_of(rows, self.name, self.pad_token_id, images=self.images), batch.input_ids.device
         )
 
-    def settle_references(self, batch: PairBatch) -> None:
-        """Ahead of the policy, where there is nothing of it yet to compute with."""
-        references, self.references = self.references, []  # they may be let go before training
-        for scorer, model in references:
-            self.verify(scorer, model, batch)
+    def verify(self, policy: nn.Module, rows: Sequence[TokenizedPair], device: torch.device) -> None:
+        """Settle the layout on `rows`, for the references and the policy. Collective."""
+        self.verify_references(rows, device)
+        self._verify_model(self.scorer, policy, rows, device)
+        self._verify_quantised(policy)
+        self.settled = True
 
-    def verify(self, scorer: Scorer, model: nn.Module, batch: PairBatch) -> None:
-        """Settle the layout, and how `scorer` reads log-probs, by comparing on two short rows made of `batch`."""
+    def verify_references(self, rows: Sequence[TokenizedPair], device: torch.device) -> None:
+        """Verify the references alone, before the policy can compute. Collective."""
+        references, self.references = self.references, []  # they may be freed before training
+        for scorer, model in references:
+            self._verify_model(scorer, model, rows, device)
+
+    def _verify_model(
+        self, scorer: Scorer, model: nn.Module, rows: Sequence[TokenizedPair], device: torch.device
+    ) -> None:
+        """Choose the layout, and how `scorer` reads log-probs, by comparing on two short rows made from `rows`."""
         model = extract_model_from_parallel(model)
-        rows = _short(pairs_of(batch), self.images)
+        rows = _short(rows, self.images)
         with evaluation_mode(model), _plain(scorer):
             want = _measure(scorer, model, rows, "padded", self.pad_token_id, self.images)
         ways = ["flat", "padded"] if self.name == "flat" else ["padded"]
         problems = []
         for layout in ways if scorer.through_head else []:
             problem = self._compare(scorer, model, rows, layout, want)
-            if not any_rank(problem is not None, batch.input_ids.device):
+            if not any_rank(problem is not None, device):
                 break
             problems.append(problem or "another rank found a difference")
         else:
@@ -183,6 +188,30 @@ class Layout:
         logger.warning(
             f"{model_name} is trained with padded rows{memory}. Checked on two short rows: {'; '.join(problems)}."
         )
+
+
+def as_padded(batch: PairBatch, pad_token_id: int, images: ImageInputs | None = None) -> PairBatch:
+    """Return the pairs of a flat batch in padded rows on the same device, and a padded batch as it is."""
+    if not batch.is_flat:
+        return batch
+    rows = _rows_of(batch)
+    if batch.images is not None:
+        images_by_row = batch.images.to(torch.device("cpu")).by_row()  # the last may be a blank one, of no row
+        rows = [replace(row, images=own) for row, own in zip(rows, images_by_row, strict=False)]
+    inputs = inputs_of(rows, "padded", pad_token_id, keyed=batch.keys is not None, images=images)
+    padded = PairBatch.from_inputs(inputs, batch.input_ids.device)
+    # Both layouts list the pairs in the same order. These may have changed since the batch was collated.
+    return replace(padded, weight=batch.weight, margin=batch.margin, pairs_by_rank=batch.pairs_by_rank)
+
+
+def _rows_of(batch: PairBatch) -> Sequence[TokenizedPair]:
+    if batch.tokenized_rows is None:
+        raise ValueError(
+            "The data collator's batch lacks tokenized_rows, which the check of the layout needs. Use "
+            "DataCollatorForPreference or a subclass of it and keep all its entries, or return input_ids, attention_mask and "
+            "completion_mask of shape [2N, L], chosen rows first."
+        )
+    return batch.tokenized_rows
 
 
 def _short(rows: Sequence[TokenizedPair], images: ImageInputs | None = None) -> list[TokenizedPair]:

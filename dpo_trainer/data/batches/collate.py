@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -169,17 +169,19 @@ def scored_places(row: TokenizedPair) -> list[Tensor]:
     return [mask.nonzero().flatten() for mask in scored]
 
 
-def _per_pair(rows: Sequence[TokenizedPair], order: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-    """What each pair has, [N]. `order` lists (row, completion of it) as the batch numbers its completions."""
+def _per_pair(rows: Sequence[TokenizedPair], order: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return what each pair has, [N], and the rows. `order` lists (row, completion of it) as the batch numbers its completions."""
     number = {place: c for c, place in enumerate(order)}
     listed = [(i, row, pair) for i, row in enumerate(rows) for pair in row.pairs]
-    inputs = {
+    inputs: dict[str, Any] = {
         # A [N] tensor comes first: accelerate and Trainer take the batch size from the first tensor of a batch.
         "example_ids": torch.tensor([row.example_id for _, row, _ in listed], dtype=torch.int64),
         "weight": torch.tensor([row.weight for _, row, _ in listed], dtype=torch.float32),
         "row": torch.tensor([i for i, _, _ in listed], dtype=torch.int64),
         "chosen": torch.tensor([number[i, pair.chosen] for i, _, pair in listed]),
         "rejected": torch.tensor([number[i, pair.rejected] for i, _, pair in listed]),
+        # For scoring/layout.py, which may need the other layout. Images, which are large, stay in `images`.
+        "tokenized_rows": [replace(row, images=()) if row.images else row for row in rows],
     }
     margins = [pair.margin for _, _, pair in listed]
     if any(margin is not None for margin in margins):
