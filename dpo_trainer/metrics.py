@@ -128,7 +128,7 @@ class MetricSums:
     Args:
         metrics: the table, by name.
         aux_loss: whether the model has a load-balancing loss to report.
-        also: somebody else who looks at every micro-batch.
+        also: is called with every micro-batch as well.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ class DPOTrainer(DurableTrainer):
         train_dataset: rows in any form that `data/rows/schema.py` reads, or tokenized ones: a dataset, a list of dicts, a pandas
             DataFrame, or a path (str or Path, as --dataset_name takes it); a list of these is a mixture.
         eval_dataset: likewise, or a dict of datasets that are evaluated one by one; `evaluate(dataset)` takes raw rows too.
-        processing_class: the tokenizer, or the processor of a model that sees; None loads the model's.
+        processing_class: the tokenizer, or the processor of a vision-language model; None loads the model's.
         compute_metrics: receives an `EvalPrediction` whose `predictions` is a dict of arrays [pairs]: `rewards/chosen`,
             `rewards/rejected`, `logps/chosen`, `logps/rejected`, `ref_logps/chosen`, `ref_logps/rejected`; `label_ids`
             are the example ids. Logits never exist as a whole.

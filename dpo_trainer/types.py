@@ -38,7 +38,7 @@ class Preferred(NamedTuple):
 
     chosen: int
     rejected: int
-    margin: float | None = None  # by how much, in the unit of whoever judged; None where nobody said
+    margin: float | None = None  # by how much, in the unit of the judge; None where it is not known
 
 
 ONE_PAIR = (Preferred(0, 1),)

@@ -7,7 +7,7 @@
 The answers come from a model, the likeliest ones or those of --temperature, or from a file with a prompt and an answer in
 each row. A prompt that is a string is continued as it stands, messages go through the chat template. Files of answers belong
 together row by row. Prints such as "win rate 61.5%, 95 % interval 54.6% to 68.0% (117 wins, 12 ties, 71 losses, 0 failed)";
-an interval with 50 % in it says that nobody knows yet who is better: raise --n. The same goes to --output, for
+an interval with 50 % in it does not tell which one is better: raise --n. The same goes to --output, for
 scripts/plot_scaling.py. `--judge length` needs no network. `--help` lists every option.
 """
 

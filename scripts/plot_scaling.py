@@ -3,7 +3,7 @@
     python scripts/plot_scaling.py small.json large.json --output scaling.png --title "against the chosen answers"
 
 Sizes are on a logarithmic axis, bars are the intervals of the files, and a line stands at 50 %: a bar that crosses it says
-that nobody knows yet who is better. Files with a field "series" (--series of judge_win_rate.py) make a line for each series.
+that it is not known yet which one is better. Files with a field "series" (--series of judge_win_rate.py) make a line for each series.
 """
 
 from __future__ import annotations

@@ -48,21 +48,6 @@ sys.stdin.read()
 """
 
 
-class Killed(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    """In the middle of a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
-            raise Killed
-
-
 def build(
     folder: Path, *callbacks: TrainerCallback, parts: dict[str, Any] | None = None, **options: Any
 ) -> DPOTrainer:
@@ -74,11 +59,11 @@ def build(
 
 
 def run(folder: Path, resume: Any = None, *, until: int | None = None, **options: Any) -> DPOTrainer:
-    trainer = build(folder, *([] if until is None else [KillAt(until)]), **options)
+    trainer = build(folder, *([] if until is None else [tiny.KillAt(until)]), **options)
     if until is None:
         trainer.train(resume_from_checkpoint=resume)
     else:
-        with pytest.raises(Killed):
+        with pytest.raises(tiny.Killed):
             trainer.train(resume_from_checkpoint=resume)
     return trainer
 

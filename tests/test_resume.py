@@ -400,27 +400,12 @@ def test_the_best_checkpoint_is_named_as_it_is_called(runs):
 # --- ends of a run ---
 
 
-class Killed(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    """Ends a run where nobody expects it, in the middle of a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1:
-            raise Killed
-
-
 def test_auto_keeps_going_in_one_folder_and_keeps_one_checkpoint(runs, tmp_path):
     """Killed twice, once before anything was saved: three processes, one command, one run."""
     _, want = runs.whole("full, flat")
     for step, there in ((2, []), (4, ["checkpoint-2"])):
-        trainer = build(tmp_path, save_total_limit=1, parts={"callbacks": [KillAt(step)]})
-        with pytest.raises(Killed):
+        trainer = build(tmp_path, save_total_limit=1, parts={"callbacks": [tiny.KillAt(step)]})
+        with pytest.raises(tiny.Killed):
             trainer.train(resume_from_checkpoint="auto")
         assert [path.name for path in tmp_path.glob("checkpoint-*")] == there
     got = run(build(tmp_path, save_total_limit=1), "auto")
@@ -443,10 +428,10 @@ def test_a_finished_run_is_not_trained_further(max_steps, runs, tmp_path):
 def test_the_same_trainer_resumes(name, runs, tmp_path):
     """In a notebook: interrupted, and asked to go on, without a new trainer."""
     _, want = runs.whole(name)
-    trainer = build(tmp_path, **CELLS[name].how(tmp_path), parts={"callbacks": [KillAt(4)]})
-    with pytest.raises(Killed):
+    trainer = build(tmp_path, **CELLS[name].how(tmp_path), parts={"callbacks": [tiny.KillAt(4)]})
+    with pytest.raises(tiny.Killed):
         trainer.train()
-    trainer.remove_callback(KillAt)
+    trainer.remove_callback(tiny.KillAt)
     got = run(trainer, kept(tmp_path, 2))
     got.plain["flos"] = want.plain["flos"]  # those of the killed step were computed, after all
     assert_same(got, want)

@@ -1,7 +1,7 @@
 """DurableTrainer: a run that survives kills, signals, full disks and bad numbers. Knows nothing of preferences.
 
 Checkpoints are whole or not there (folders.py, manifest.py); a resumed run is the run that was interrupted, or is refused
-(run_state.py); before each optimizer step all ranks agree that its numbers are finite and that nobody was told to stop
+(run_state.py); before each optimizer step all ranks agree that its numbers are finite and that no rank was told to stop
 (step_guard.py, step_watch.py).
 """
 
@@ -221,7 +221,7 @@ class DurableTrainer(Trainer):
         self.fix_run_identity()
 
     def fix_run_identity(self) -> None:
-        """Take down what this run is, and refuse a checkpoint of another. Its model is there, and has not moved."""
+        """Record the run's identity, and refuse a checkpoint of another run. Its model is there, and has not moved."""
         self.identity = same_on_all_ranks(
             lambda: {**self.run_identity(), **optimizer_and_row_order(self.args, deepspeed=self.is_deepspeed_enabled)},
             self.accelerator,
@@ -257,7 +257,7 @@ class DurableTrainer(Trainer):
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written aside by `Trainer`, then sealed and given its name. Nobody sees half a checkpoint."""
+        """Written aside by `Trainer`, then sealed and given its name. No reader sees half a checkpoint."""
         run_folder = Path(self._get_output_dir(trial))
         final = run_folder / f"checkpoint-{self.state.global_step}"
         main = self.args.should_save

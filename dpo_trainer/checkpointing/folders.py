@@ -197,7 +197,7 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what nobody needs any more, and ASIDE with the last of it. If that fails, only disk space is lost."""
+    """Remove what is not needed any more, and ASIDE with the last of it. If that fails, only disk space is lost."""
     try:
         remove(path)
     except OSError as error:

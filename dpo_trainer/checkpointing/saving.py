@@ -1,4 +1,4 @@
-"""What the disk refuses while a checkpoint is written, whoever writes it, becomes one error that says what to do."""
+"""What the disk refuses while any library writes a checkpoint becomes one error that says what to do."""
 
 from __future__ import annotations
 

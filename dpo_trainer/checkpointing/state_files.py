@@ -75,5 +75,5 @@ def explain_unreadable(
         named = what if isinstance(what, str) else what()
         raise ValueError(
             f"The checkpoint {checkpoint!r} cannot be resumed: {named} cannot be read, or does not fit ({type(error).__name__}: "
-            f"{error}). Start a new run from its model (--model_name_or_path {checkpoint}), or resume an earlier one."
+            f"{error}). {_way_out(checkpoint)}"
         ) from error

@@ -31,7 +31,7 @@ from .tokens.dates import dated
 logger = logging.getLogger(__name__)
 
 READERS = ("json", "csv", "parquet", "arrow", "text", "generator", None)
-"""Names that `datasets` gives by itself, and that tell nobody which dataset it is."""
+"""Names that `datasets` gives by itself, and that do not tell which dataset it is."""
 
 
 def prepare_dataset(

@@ -75,7 +75,7 @@ def _save_whole_or_not_at_all(model: PreTrainedModel, tokenizer: PreTrainedToken
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         if folder.exists() and not _is_complete(folder):
-            shutil.rmtree(folder)  # somebody deleted files from it
+            shutil.rmtree(folder)  # files were deleted from it
         try:
             aside.rename(folder)
         except OSError:

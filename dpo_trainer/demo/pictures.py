@@ -131,6 +131,6 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
     """The same questions and answers, each with the picture of another."""
     order = np.random.default_rng(seed).permutation(len(examples))
     out = list(examples)
-    for one, other in zip(order, np.roll(order, 1), strict=True):  # a cycle: nobody keeps its own
+    for one, other in zip(order, np.roll(order, 1), strict=True):  # a cycle: none keeps its own
         out[one] = replace(examples[one], picture=examples[other].picture)
     return out

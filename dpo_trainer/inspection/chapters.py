@@ -221,7 +221,7 @@ def _steps(found: Inspection) -> Chapter:
         ]
     note = "One process: several share the rows of an epoch."
     if steps is not None and steps.rows > found.rows.kept:
-        note += " Reckoned for all rows, as if they were like those that were read."
+        note += " Extrapolated to all rows."
     return Chapter(title="Steps", columns=("", ""), rows=rows, note=note)
 
 
@@ -239,7 +239,7 @@ def _memory(found: Inspection) -> Chapter:
     ]
     return Chapter(
         title="Memory of one process, estimated",
-        columns=("", "", "reckoned as"),
+        columns=("", "", "estimated as"),
         rows=rows,
         note=f"{count(memory.parameters)} parameters, {count(memory.trainable)} trained; {count(memory.tokens)} tokens in the "
         f"largest batch ({found.layout}). Without sharding, the device's own libraries, and what the allocator leaves unused: "

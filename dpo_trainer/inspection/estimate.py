@@ -56,7 +56,7 @@ def optimizer_steps(
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A share of the memory, and how it was reckoned."""
+    """An item of the memory, and how it was estimated."""
 
     name: str
     bytes: int

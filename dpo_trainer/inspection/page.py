@@ -1,4 +1,4 @@
-"""The page: one HTML file that asks nobody for anything. Whatever comes from data is escaped, by the template engine."""
+"""The page: one HTML file that loads nothing else. The template engine escapes everything that comes from data."""
 
 from __future__ import annotations
 

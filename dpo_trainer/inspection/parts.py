@@ -59,7 +59,7 @@ def load_parts(script: ScriptArguments, seed: int) -> list[Part]:
 
 
 def in_order(names: Sequence[str], loaded: Sequence[Dataset | IterableDataset]) -> list[Part]:
-    """Rows count on from one dataset to the next; streams, whose length nobody knows, are a billion apart."""
+    """Rows count on from one dataset to the next; streams, whose length is not known, are a billion apart."""
     parts: list[Part] = []
     first = 0
     for name, dataset in zip(names, loaded, strict=True):

@@ -76,7 +76,7 @@ def odpo(
 
         L = -log s(b D - alpha f(m)),    m = score(y_w) - score(y_l),  f(m) = log m
 
-    m is the column `margin`, in the unit of whoever judged; alpha is `odpo_alpha`, and f(m) = m with
+    m is the column `margin`, in the unit of the judge; alpha is `odpo_alpha`, and f(m) = m with
     `odpo_offset="linear"`. A margin of 1 is plain DPO under the logarithm, a smaller one asks for less. NaN for a pair
     whose m has no f.
 

@@ -105,7 +105,7 @@ class Objective:
     def unusable_margin(self, margin: float | None) -> str | None:
         """Why a pair with this margin cannot be trained on, and the way out; None where it can.
 
-        For whoever prepares the data: asked once per pair, on the host. In a step nothing is asked, for that would wait
+        For the preparation of data: called once per pair, on the host. In a step nothing is asked, for that would wait
         for the device; a margin that slips through gives a loss of NaN, which stops the run before the weights move.
         """
         for term in self.terms:

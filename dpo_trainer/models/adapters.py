@@ -93,7 +93,7 @@ def prepare_base(model: PreTrainedModel, *, quantized: bool, gradient_checkpoint
 
 
 def let_gradients_through(model: PreTrainedModel, *, gradient_checkpointing: bool) -> None:
-    """What a base needs also when somebody else put the adapter on it."""
+    """What a base needs also when the user put the adapter on it."""
     compute_as_in_training(model)
     if gradient_checkpointing:
         model.enable_input_require_grads()

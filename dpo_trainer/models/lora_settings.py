@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 # Every field of LoraConfig is in one of these groups, or must be unset for two configs to be merged: a field of a later
-# PEFT is refused until somebody has thought about it.
+# PEFT is refused until it is handled here.
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 INIT = ("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
@@ -53,7 +53,7 @@ def differences(own: Adapter, asked: Adapter, wanted: LoraConfig) -> Settings:
         if f.name not in silent
         and _comparable(getattr(own.config, f.name)) != _comparable(getattr(asked.config, f.name))
     }
-    if own.layers != asked.layers and not differing:  # somebody rescaled the layers by hand
+    if own.layers != asked.layers and not differing:  # the user rescaled the layers by hand
         key = next(key for key in own.layers if own.layers[key] != asked.layers[key])
         differing[f"rank and scaling of {key}"] = (own.layers[key], asked.layers[key])
     return differing

@@ -44,7 +44,7 @@ def sight_of(model: nn.Module) -> ModelSight:
 
 
 def refuse_without_processor(model: nn.Module) -> None:
-    """ValueError for a model that must be told which tokens are a prompt, where nobody is there to tell it: its own attention
+    """ValueError for a model that must be told which tokens are a prompt, where no processor tells it: its own attention
     lets the words of an answer see those that come after them."""
     base = base_model(model)
     if MUTUAL.get(base.config.model_type) == "prompt":
@@ -120,7 +120,7 @@ def _asking_for_gradients(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 
 def on_language_alone(settings: PeftConfig, model: nn.Module) -> PeftConfig:
-    """Settings of an adapter that leaves everything but the language model of a model with eyes as it is, unless they say
+    """Settings of an adapter that leaves everything but the language model of a vision-language model as it is, unless they say
     themselves what to leave out."""
     base = base_model(model)
     if vision_tower(model) is None or getattr(settings, "exclude_modules", "") is not None:

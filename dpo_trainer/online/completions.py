@@ -52,7 +52,7 @@ def rows_of(step: int, sampled: Sampled, scores: Sequence[float | None]) -> list
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    """The columns `SHOWN`, as text that nobody has made harmless yet."""
+    """The columns `SHOWN`, as text that is not escaped yet."""
     score = "-" if row["score"] is None else f"{row['score']:.4g}"
     return [row["question"], row["completion"], score, row["outcome"] or "-"]
 

@@ -38,7 +38,7 @@ class PromptMapper:
     """Batches of rows -> the same with `example_id`, `prompt_ids` and `length`.
 
     limit: most tokens of a prompt, so that a completion of --max_new_tokens fits behind it; None: no limit.
-    cut: cut the beginning of a longer one. Otherwise it goes through as it is, for whoever drops it.
+    cut: cut the beginning of a longer one. Otherwise it stays as it is, and is dropped later.
     """
 
     tokenizer: Any
@@ -224,7 +224,7 @@ def _over(limit: int, name: str, example: str) -> str:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Rows of prompts. Not a mapping: whoever moves tensors between devices looks past it."""
+    """Rows of prompts. Not a mapping: code that moves tensors between devices ignores it."""
 
     rows: list[dict[str, Any]]
 

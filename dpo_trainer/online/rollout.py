@@ -46,7 +46,7 @@ class Rollout:
         """What others answer, a judge or a server that samples. Every rank calls.
 
         Raises:
-            FeedbackUnavailable: on all ranks, if nobody answers one of them for good.
+            FeedbackUnavailable: on all ranks, if one of them gets no answer after all retries.
         """
         problem: FeedbackUnavailable | None = None
         try:

@@ -23,7 +23,7 @@ class CachedReference(Reference):
 
     The reference itself, the source, is asked only for what the store lacks. If it is a model of its own, or the policy
     before it moves, it is let go before training begins (`release`), and made again from where it was loaded if rows come
-    later that nobody has seen (`revive`). If it is the policy with another adapter, or none, it is always there.
+    later that were not seen before (`revive`). If it is the policy with another adapter, or none, it is always there.
 
     Args:
         source: computes what is missing.

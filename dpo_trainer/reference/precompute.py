@@ -53,7 +53,7 @@ class Precompute:
 
     Args:
         max_tokens: of one forward pass; None for `TOKENS` of the device. A row that is longer goes by itself.
-        in_step: whether every rank must make as many forward passes as the others, for an engine cuts the weights.
+        in_step: whether every rank must make as many forward passes as the others, because the weights are sharded.
         place: puts a reference that was made again where it belongs.
     """
 

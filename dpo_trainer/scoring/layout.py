@@ -220,7 +220,7 @@ def _short(rows: Sequence[TokenizedPair], images: ImageInputs | None = None) -> 
     Which rows the first batch holds is chance, and its verdict is for the whole run: a row of two completions gets a third
     from their tokens, for a ranked row may come later. A completion of one token is predicted from its prompt alone, and
     a single row has no neighbour: neither would show a wrong mask. So each completion is followed by the next one of its
-    row, and a row that is alone comes twice. For a model that sees, the second one looks at an image, in the midst of its
+    row, and a row that is alone comes twice. For a vision-language model, the second row holds an image, in the midst of its
     prompt, and the first at none.
     """
     own = frozenset() if images is None else images.text.image_ids

@@ -85,7 +85,7 @@ class Given:
         return "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
 
     def remake_reference(self) -> Callable[[], FrozenModel] | None:
-        """How to get the reference once more after it was let go: None if nobody knows where it came from."""
+        """How to load the reference again after it was freed: None if its source is not known."""
         source = self.ref_model if self.ref_model is not None else self.model
         if source is None:
             return None

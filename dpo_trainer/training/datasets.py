@@ -106,8 +106,8 @@ def needs_of_models(
 
 
 WHOLE = (
-    "Give every process the whole dataset, without split_dataset_by_node or shard: here each takes its own share of it, and "
-    "of a share it would take a share again."
+    "Give every process the full dataset, without split_dataset_by_node or shard: each process takes its own shard here, and the "
+    "data would be sharded twice."
 )
 
 

@@ -27,12 +27,12 @@ STAGE_OF_GRADIENTS = 2
 
 
 PACK_TOKENS = 512
-"""Of a part on a CPU, where nobody asked for parts, unless a row is longer: faster than the whole, about as fast as parts of any size
+"""Default micro-batch tokens on a CPU, unless a row is longer: faster than the full batch, about as fast as micro-batches of any size
 between, and of less memory (benchmarks/NOTES.md)."""
 
 
 def tokens_of_a_part(args: DPOConfig, objective: Objective) -> int | None:
-    """What a batch is cut into where nobody asked. None, whole: on accelerators, on several ranks, and where the parts would
+    """The default size of a micro-batch. None, the full batch: on accelerators, on several ranks, and where the micro-batches would
     not add up to the loss of the batch."""
     alone = args.device.type == "cpu" and args.world_size == 1
     adds_up = objective.separable and not objective.router_weight and "inputs" not in args.include_for_metrics
@@ -58,7 +58,7 @@ def check_splits(args: DPOConfig, objective: Objective) -> None:
 
 def keeps_ranks_in_step(args: DPOConfig, *, shards_weights: bool) -> bool:
     """Whether all ranks must make as many passes: where each needs the weights of the others, or exchanges gradients with
-    them, in every one. ZeRO-2 does, for it keeps a part of them alone; so does whoever asks for `sync_each_batch`."""
+    them, in every one. ZeRO-2 does, for it keeps a part of them alone; so does `sync_each_batch`."""
     zero = args.deepspeed_plugin
     exchanges = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
     exchanges = exchanges or (zero is not None and zero.zero_stage >= STAGE_OF_GRADIENTS)
@@ -145,7 +145,7 @@ def in_row_order(
 
 
 def joined(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of all parts in one row, for whoever counts them."""
+    """The tokens of all micro-batches in one row, to be counted."""
     if MICRO_BATCHES not in inputs:
         return inputs
     parts = micro_batches(inputs)

@@ -77,7 +77,7 @@ def out_of_memory_advice(inputs: Mapping[str, Any], advice: Callable[[], MemoryA
 
 
 def out_of_memory_message(batch: PairBatch, advice: MemoryAdvice, cause: str) -> str:
-    """The cause stays in it: whoever looks for a batch size that fits reads it there."""
+    """The message keeps the cause, which the search for a batch size that fits reads."""
     tokens, example_id = largest_row(batch)
     return (
         f"{cause} The batch has {len(batch.chosen)} pairs and {batch.num_tokens:,} tokens; its largest row (example_id "

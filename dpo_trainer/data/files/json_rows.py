@@ -1,6 +1,6 @@
 """Rows of a .json, .jsonl, .json.gz or .jsonl.gz file, exactly as they stand there, with errors that name the line.
 
-One object per line, one array of objects, or objects over several lines one after another. Refused is what would not
+One object per line, one array of objects, or objects over several lines one after another. Rejects what would not
 come through unchanged: a key twice in one object, half of a surrogate pair, an integer above 64 bits.
 """
 

@@ -39,7 +39,7 @@ def _find_splits(name: str, config: str | None, streaming: bool, numbers: Sequen
         is_here, is_folder, is_file, is_link = path.exists(), path.is_dir(), path.is_file(), path.is_symlink()
         is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user whom nobody knows
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
         raise ValueError(
             f"{name!r} cannot be read: {str(error).rstrip('.')}. Check the path, and that you may read it."
         ) from error

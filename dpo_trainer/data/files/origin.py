@@ -12,7 +12,7 @@ T = TypeVar("T", Dataset, IterableDataset)
 
 
 def named(dataset: T, name: str) -> T:
-    """The dataset, which must be nobody else's yet, with a name of its own. No fingerprint depends on it."""
+    """The dataset, which must not be shared yet, with a name of its own. No fingerprint depends on it."""
     dataset._info = dataset.info.copy()  # splits of one dataset may share theirs
     dataset._info.dataset_name = printable(name)
     return dataset

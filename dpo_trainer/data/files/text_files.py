@@ -13,7 +13,7 @@ from typing import IO
 def open_text(file: str) -> Iterator[IO[str]]:
     """The file as text. What goes wrong while it is read becomes an error that names it.
 
-    Bytes that are not UTF-8 come through, so that whoever reads knows their line: give each line to `check_text`.
+    Bytes that are not UTF-8 come through, so that the reader knows their line: give each line to `check_text`.
     """
     opener = gzip.open if file.endswith(".gz") else open
     try:

@@ -206,7 +206,7 @@ def _name_of(source: ImageSource) -> str:
         image = source.image
         return xxhash.xxh3_128_hexdigest(f"{image.mode} {image.size} ".encode() + image.tobytes())
     path = str(source.path)
-    about = os.stat(path) if os.path.exists(path) else None  # whoever opens it will say that it is missing
+    about = os.stat(path) if os.path.exists(path) else None  # opening it raises the error that it is missing
     file = f"{os.path.realpath(path)} {about and (about.st_mtime_ns, about.st_size)}"
     return xxhash.xxh3_128_hexdigest(file.encode())
 

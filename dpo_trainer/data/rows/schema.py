@@ -7,7 +7,7 @@
 A prompt or a completion is a string, or chat messages (messages.py). Where one of a row is messages, its strings are
 turns: of the user as the prompt, of the assistant as a completion. So they are under a column `system`.
 
-Images of the prompt: `image`, or `images` (a list), for models that see (images/text.py).
+Images of the prompt: `image`, or `images` (a list), for vision-language models (images/text.py).
 
 Optional: `weight` (>= 0), `margin`, and for conversations `system`, `tools`, `chat_template_kwargs`; None counts as not
 given. Every other column is the user's own and is not read. A bad row raises a ValueError that names the row, the

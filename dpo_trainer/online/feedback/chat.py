@@ -40,7 +40,7 @@ class Reply:
     text: str = ""
     problem: str = ""  # why there is no whole reply
     cut: bool = False  # at max_tokens
-    silent: bool = False  # nobody answered, after all retries
+    silent: bool = False  # no answer came, after all retries
     fatal: bool = False  # no other request would fare better
     tokens: tuple[int, int] = (0, 0)  # in, out
 
@@ -121,7 +121,7 @@ class Chat:
         numbers: Sequence[int],
         seen: Callable[..., Awaitable[None]],
     ) -> dict[int, Reply]:
-        """Ask these. Whoever finds nobody, while nobody else was answered, asks no more: all would wait as long in vain."""
+        """Ask these. A worker without an answer stops while no other one was answered: all would wait as long in vain."""
         waiting, heard, answered = deque(numbers), dict[int, Reply](), 0
 
         async def work() -> None:

@@ -25,11 +25,11 @@ from ...registry import Registry
 from ..samples import Sampled
 
 Scores = list[list[float | None]]
-"""[P][K]: larger is better, within a prompt. None: nobody could tell."""
+"""[P][K]: larger is better, within a prompt. None: there is no judgement."""
 
 
 class FeedbackUnavailable(RuntimeError):
-    """Whoever gives feedback is down, after all retries: the run stops with a checkpoint."""
+    """The judge or reward does not answer after all retries: the run stops with a checkpoint."""
 
 
 class Feedback(Protocol):

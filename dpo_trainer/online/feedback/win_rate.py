@@ -15,7 +15,7 @@ from .protocol import Scores, checked
 
 @dataclass(frozen=True)
 class WinRate:
-    """Of answers against others to the same prompts: comparisons won, drawn, lost, and those that nobody could judge."""
+    """Of answers against others to the same prompts: comparisons won, drawn, lost, and those without a judgement."""
 
     wins: int
     ties: int
@@ -104,7 +104,7 @@ def compare_answers(
 
     Raises:
         ValueError: for lists of different lengths, and what the feedback refuses.
-        FeedbackUnavailable: when nobody answers.
+        FeedbackUnavailable: when the judge does not answer.
     """
     given = {"prompts": prompts, "answers_a": answers_a, "answers_b": answers_b, "columns": columns, "ids": ids}
     lengths = {name: len(values) for name, values in given.items() if values is not None}

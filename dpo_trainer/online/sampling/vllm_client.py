@@ -33,7 +33,7 @@ START = (
 class Reply:
     """What came of one request. Where it failed, nothing in it holds a part of the key, whatever the server echoes."""
 
-    status: int  # of HTTP; 0: nobody answered, after all retries
+    status: int  # of HTTP; 0: no answer came, after all retries
     text: str
 
     @property

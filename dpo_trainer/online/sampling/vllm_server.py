@@ -163,7 +163,7 @@ class VLLMServerGenerator:
     def _hand_over(self, name: str, weights: dict[str, Tensor], config: LoraConfig, slot: tuple[int, str]) -> None:
         others = {there for where, there in self._loaded.items() if where != slot}
         whole = kept(weights)
-        self.wait()  # until nobody samples by the old one any more
+        self.wait()  # until no rank samples with the old one any more
         try:
             if self.is_main_process and name not in others:
                 self._send(name, whole, config, others)
@@ -176,7 +176,7 @@ class VLLMServerGenerator:
         self._loaded[slot] = name
 
     def _send(self, name: str, weights: dict[str, Tensor], config: LoraConfig, in_use: set[str]) -> None:
-        """First unload, so that there is room for the new one; its folder goes last, when nobody can ask for it any more."""
+        """First unload, so that there is room for the new one; its folder is removed last, when no rank can request it any more."""
         for there in self.server.adapters():
             if self._is_ours(there) and there not in in_use:
                 self.server.unload(there)

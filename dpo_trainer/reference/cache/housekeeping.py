@@ -44,7 +44,7 @@ def summaries(folder: Path) -> list[Summary]:
 def prune(folder: Path, *, older_than: timedelta | None = None, references: Sequence[str] = ()) -> list[Summary]:
     """Delete references that were not used for so long, and those whose digest starts with one of `references`.
 
-    By age go only files that can be read or were set aside: what else lies in the folder may not be ours.
+    Only readable files and those set aside are deleted by age: other files in the folder may not be ours.
     Returns what was deleted. Raises ValueError for a prefix that fits none or several, before anything is deleted.
     """
     there = summaries(folder)

@@ -18,7 +18,7 @@ class Record(NamedTuple):
 
     logp: float
     """Nats, summed over the scored tokens: a float32 value (others are rounded to one when stored)."""
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a record
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
     """Scored tokens."""
     tokens: np.ndarray | None = None
     """[count] float32, nats per token, where asked for."""
