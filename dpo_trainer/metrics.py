@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepParts:
+class MetricInputs:
     """What one micro-batch knows; every metric is a sum and a count over it."""
 
     batch: PairBatch
@@ -58,7 +58,7 @@ class StepParts:
         return self.beta * (policy if self.reference is None else policy - getattr(self.reference, side))
 
 
-Metric: TypeAlias = Callable[[StepParts], Tensor]
+Metric: TypeAlias = Callable[[MetricInputs], Tensor]
 
 METRICS: dict[str, Metric] = {
     "loss": lambda s: s.of_pairs(s.losses, s.batch.weight),
@@ -78,30 +78,30 @@ METRICS: dict[str, Metric] = {
 """Name -> (sum, count) of a micro-batch; the logged value is the sum of sums over the sum of counts."""
 
 
-def _tokens(parts: StepParts):
-    return parts.policy.tokens
+def _tokens(inputs: MetricInputs):
+    return inputs.policy.tokens
 
 
-def _aux_loss(parts: StepParts) -> Tensor:
-    return parts.losses.new_zeros(()) if parts.policy.aux_loss is None else parts.policy.aux_loss
+def _aux_loss(inputs: MetricInputs) -> Tensor:
+    return inputs.losses.new_zeros(()) if inputs.policy.aux_loss is None else inputs.policy.aux_loss
 
 
-def per_pair(parts: StepParts) -> dict[str, Tensor]:
+def per_pair(inputs: MetricInputs) -> dict[str, Tensor]:
     """What `compute_metrics` receives: [N] each. `losses` go into its `losses`, where --include_for_metrics asks for them."""
     of_reference = {
-        f"ref_logps/{side}": torch.zeros_like(parts.losses)
-        if parts.reference is None
-        else getattr(parts.reference, side)
+        f"ref_logps/{side}": torch.zeros_like(inputs.losses)
+        if inputs.reference is None
+        else getattr(inputs.reference, side)
         for side in ("chosen", "rejected")
     }
     return {
-        "rewards/chosen": parts.reward("chosen"),
-        "rewards/rejected": parts.reward("rejected"),
-        "logps/chosen": parts.policy.chosen,
-        "logps/rejected": parts.policy.rejected,
+        "rewards/chosen": inputs.reward("chosen"),
+        "rewards/rejected": inputs.reward("rejected"),
+        "logps/chosen": inputs.policy.chosen,
+        "logps/rejected": inputs.policy.rejected,
         **of_reference,
-        "losses": parts.losses,
-        "example_ids": parts.batch.example_ids,
+        "losses": inputs.losses,
+        "example_ids": inputs.batch.example_ids,
     }
 
 
@@ -136,7 +136,7 @@ class MetricSums:
         metrics: Mapping[str, Metric],
         *,
         aux_loss: bool,
-        also: Callable[[StepParts], None] = lambda parts: None,
+        also: Callable[[MetricInputs], None] = lambda inputs: None,
     ):
         self.also = also
         self.metrics = {name: metric for name, metric in metrics.items() if aux_loss or name != "aux_loss"}
@@ -156,13 +156,13 @@ class MetricSums:
         self.table = mark
 
     @torch.no_grad()
-    def add(self, parts: StepParts) -> None:
-        with without_autocast(parts.losses):
-            table = torch.stack([metric(parts) for metric in self.metrics.values()])
+    def add(self, inputs: MetricInputs) -> None:
+        with without_autocast(inputs.losses):
+            table = torch.stack([metric(inputs) for metric in self.metrics.values()])
         table = table.to(widest_float(table.device))
         self.table = table if self.table is None else self.table + table
-        self.num_tokens += parts.batch.num_tokens
-        self.also(parts)
+        self.num_tokens += inputs.batch.num_tokens
+        self.also(inputs)
 
     def state_dict(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, list]:
         """The open window of all ranks, for the checkpoint. Every rank must call."""

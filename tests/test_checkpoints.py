@@ -29,7 +29,7 @@ from dpo_trainer.checkpointing import (
     broken_file,
     checked_checkpoint,
     fresh_aside,
-    last_whole_checkpoint,
+    last_complete_checkpoint,
     publish,
     recover,
     retire,
@@ -282,14 +282,14 @@ BREAKAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_broken_checkpoint_names_the_file_and_is_skipped(breakage, tmp_path, caplog):
     first, second, third = (checkpoint(tmp_path, step) for step in (2, 10, 9))
-    assert last_whole_checkpoint(tmp_path) == second  # by number: not by name (9), not by time (9)
+    assert last_complete_checkpoint(tmp_path) == second  # by number: not by name (9), not by time (9)
     damage, reason = BREAKAGES[breakage]
     write(tmp_path, {"outside": b"{}"})  # where a path that escapes would lead
     damage(second)
     assert re.search(reason, broken_file(second) or "whole")
     assert not caplog.records
 
-    assert last_whole_checkpoint(tmp_path) == third
+    assert last_complete_checkpoint(tmp_path) == third
     (warning,) = caplog.records
     assert warning.levelno == logging.WARNING
     assert warning.getMessage().startswith(f"{second} is skipped: ")
@@ -298,7 +298,7 @@ def test_broken_checkpoint_names_the_file_and_is_skipped(breakage, tmp_path, cap
     with pytest.raises(ValueError, match=reason.rstrip("$")) as error:
         checked_checkpoint(second)
     assert str(second) in str(error.value)
-    assert f"Whole ones: {third}, {first}." in str(error.value)
+    assert f"Complete ones: {third}, {first}." in str(error.value)
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20).filter(
@@ -358,13 +358,13 @@ def test_unreadable_content_is_a_reason(tmp_path, monkeypatch):
 
 
 def test_nothing_to_resume_from(tmp_path, caplog):
-    assert last_whole_checkpoint(tmp_path / "not there") is None
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "not there") is None
+    assert last_complete_checkpoint(tmp_path) is None
     write(
         tmp_path,
         {"checkpoint-x/a": b"", "my-checkpoint-3/a": b"", "checkpoint-3-old/a": b"", "model.safetensors": b""},
     )
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path) is None
     assert not caplog.records
 
 
@@ -380,7 +380,7 @@ def test_checked_checkpoint(tmp_path, caplog, monkeypatch):
 
 def test_a_folder_of_checkpoints_is_not_a_checkpoint(tmp_path):
     one, two = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
-    with pytest.raises(ValueError, match=f"it has no {MANIFEST}.*Whole ones: {two}, {one}"):
+    with pytest.raises(ValueError, match=f"it has no {MANIFEST}.*Complete ones: {two}, {one}"):
         checked_checkpoint(tmp_path)
 
 
@@ -437,7 +437,7 @@ def test_what_has_the_name_is_replaced(there, tmp_path):
 def test_killed_between_the_two_renames(tmp_path, caplog):
     """The old one gets its name back, whoever looks first; the unfinished one does not."""
     for look in (
-        lambda: last_whole_checkpoint(tmp_path),
+        lambda: last_complete_checkpoint(tmp_path),
         lambda: checked_checkpoint(tmp_path / "checkpoint-2"),
         lambda: fresh_aside(tmp_path, "checkpoint-3") and tmp_path / "checkpoint-2",
     ):
@@ -456,7 +456,7 @@ def test_killed_after_the_two_renames(tmp_path, caplog):
     """The new one stays, and the old one goes, whole or half removed."""
     new = checkpoint(tmp_path, files={"new": b"1"})
     write(tmp_path / ASIDE / "checkpoint-1.old")
-    assert last_whole_checkpoint(tmp_path) == new
+    assert last_complete_checkpoint(tmp_path) == new
     assert contents(new) == {"new": b"1"}
     assert not (tmp_path / ASIDE).exists()
     assert not caplog.records
@@ -551,7 +551,7 @@ def test_killed_at_every_step(tmp_path):
     seen = []
     for k in range(1, moments + 1):
         folder = tmp_path / str(k)
-        last = last_whole_checkpoint(folder)
+        last = last_complete_checkpoint(folder)
         assert last is not None
         present = sorted(path for path in folder.iterdir() if path.name != ASIDE)
         assert [broken_file(path) for path in present] == [None] * len(present)
@@ -580,7 +580,7 @@ def test_killed_at_random_moments(tmp_path):
         lines = process.communicate()[0].split("\n")
         unfinished += (tmp_path / ASIDE).exists()
         reported = int(lines[-2]) if len(lines) > 1 else reached + 1
-        last = last_whole_checkpoint(tmp_path)
+        last = last_complete_checkpoint(tmp_path)
         reached = int(last.name.removeprefix("checkpoint-"))
         assert reached >= reported
     whole = [broken_file(path) for path in tmp_path.glob("checkpoint-*")]
@@ -736,7 +736,7 @@ def test_other_errors_pass_unchanged_and_nothing_is_left(main, error, tmp_path):
         raise error
     assert told.value is error
     assert (tmp_path / ASIDE).exists() != main  # only the main process removes what all of them write to
-    assert last_whole_checkpoint(tmp_path) == last
+    assert last_complete_checkpoint(tmp_path) == last
 
 
 @pytest.mark.parametrize(
@@ -776,7 +776,7 @@ def test_retire_takes_the_name_first(tmp_path, monkeypatch):
             retire(whole)
     assert not whole.exists()
     assert any((tmp_path / ASIDE).iterdir()), "cut off before it was gone"
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path) is None
     tidy(tmp_path)
     assert not (tmp_path / ASIDE).exists()
 
@@ -786,5 +786,5 @@ def test_tidy_puts_back_what_a_replacement_had_moved(tmp_path):
     (tmp_path / ASIDE).mkdir()
     whole.rename(tmp_path / ASIDE / "checkpoint-4.old")
     tidy(tmp_path)
-    assert last_whole_checkpoint(tmp_path) == whole
+    assert last_complete_checkpoint(tmp_path) == whole
     assert not (tmp_path / ASIDE).exists()

@@ -220,8 +220,8 @@ def test_skip_keeps_what_is_logged_free_of_the_step(tmp_path):
 def test_skip_leaves_the_running_shift_of_bco_alone(tmp_path):
     trainer, _ = sequential(tmp_path, nonfinite="skip", loss_type=["bco_pair", "nan_for_one_pair"], logging_steps=100)
     trainer.train()
-    assert trainer.objective.shift.count.item() == 10  # of 12 pairs
-    assert trainer.objective.shift.mean.isfinite()
+    assert trainer.loss_objective.shift.count.item() == 10  # of 12 pairs
+    assert trainer.loss_objective.shift.mean.isfinite()
 
 
 def test_skip_with_deepspeed_is_refused(tmp_path):

@@ -133,7 +133,7 @@ def test_what_is_said_to_be_separable_is(options, separable, tmp_path):
     how = {"max_steps": 2, "learning_rate": 0.05, **options}
     one = tiny.trained(tmp_path, per_device_train_batch_size=8, **how)
     many = tiny.trained(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **how)
-    assert one.objective.separable is separable
+    assert one.loss_objective.separable is separable
     far = tiny.moved(tiny.weights(one.model), tiny.weights(many.model))
     assert (far < 1e-6) if separable else (far > 1e-5)
 
@@ -269,7 +269,7 @@ def test_every_shape_of_the_objective_sees_pairs(options, tmp_path):
     assert tiny.losses(got) == pytest.approx(tiny.losses(want), rel=1e-6, abs=LOSS_ATOL)
     assert tiny.losses(got)[0] != tiny.losses(got)[1]
     tiny.assert_same_weights(tiny.weights(got.model), tiny.weights(want.model), WEIGHT_ATOL)
-    got_state, want_state = (t.objective.state_dict().get("delta", {}) for t in (got, want))
+    got_state, want_state = (t.loss_objective.state_dict().get("delta", {}) for t in (got, want))
     assert got_state == pytest.approx(
         want_state, rel=1e-4
     )  # the mean reward of all pairs so far: near 0, by differences
@@ -316,9 +316,9 @@ def test_resume_equals_uninterrupted_to_the_bit(case, layout, tmp_path):
         assert tiny.losses(resumed) == tiny.losses(whole)
         tiny.assert_same_weights(tiny.weights(resumed.model), tiny.weights(whole.model))
         assert resumed.num_tokens == whole.num_tokens
-        assert resumed.objective.state_dict() == whole.objective.state_dict()
+        assert resumed.loss_objective.state_dict() == whole.loss_objective.state_dict()
     if case == "bco_pair":
-        delta = whole.objective.state_dict()["delta"]
+        delta = whole.loss_objective.state_dict()["delta"]
         assert delta["count"] == 22 + 2 * 4  # pairs, over an epoch and two steps
         assert delta["mean"] != 0
 

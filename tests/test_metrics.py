@@ -24,7 +24,7 @@ from two_processes import torchrun
 
 from dpo_trainer import DPOTrainer, register_loss
 from dpo_trainer.data.batches.padding_rows import mask_padding_rows
-from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricSums, StepParts, per_pair
+from dpo_trainer.metrics import METRICS, FallingChosenWarning, MetricInputs, MetricSums, per_pair
 from dpo_trainer.training.micro_batches import step_loss
 from dpo_trainer.types import PairBatch, PairLogps, TokenLogps
 
@@ -54,7 +54,7 @@ BY_HAND = {
 }
 
 
-def parts(*, reference: bool = True, weight: tuple[float, ...] = (1.0, 3.0, 0.0), chosen=(0, 2, 4)) -> StepParts:
+def parts(*, reference: bool = True, weight: tuple[float, ...] = (1.0, 3.0, 0.0), chosen=(0, 2, 4)) -> MetricInputs:
     lengths, chosen, rejected = torch.tensor(LENGTHS), torch.tensor(chosen), torch.tensor([1, 3, 5])
     completion = torch.repeat_interleave(torch.arange(6), lengths)
     position = torch.cat([torch.arange(n) for n in LENGTHS])
@@ -88,7 +88,7 @@ def parts(*, reference: bool = True, weight: tuple[float, ...] = (1.0, 3.0, 0.0)
         chosen_lengths=lengths[chosen],
         rejected_lengths=lengths[rejected],
     )
-    return StepParts(
+    return MetricInputs(
         batch=batch,
         policy=PairLogps.from_tokens(tokens, aux_loss=torch.tensor(0.25)),
         reference=ref if reference else None,
@@ -97,7 +97,7 @@ def parts(*, reference: bool = True, weight: tuple[float, ...] = (1.0, 3.0, 0.0)
     )
 
 
-def reduced(*micro_batches: StepParts) -> dict[str, float]:
+def reduced(*micro_batches: MetricInputs) -> dict[str, float]:
     sums = MetricSums(METRICS, aux_loss=True)
     for micro_batch in micro_batches:
         sums.add(micro_batch)

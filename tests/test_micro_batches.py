@@ -33,7 +33,7 @@ from dpo_trainer.data.batches.padding_rows import mask_padding_rows
 from dpo_trainer.scoring.layout import Layout
 from dpo_trainer.training.micro_batches import (
     PACK_TOKENS,
-    even_parts,
+    even_micro_batches,
     in_row_order,
     keeps_ranks_in_step,
     note_pairs,
@@ -180,7 +180,7 @@ def test_resume_to_the_bit(tmp_path):
 @pytest.mark.parametrize("ranked", [False, True], ids=["pairs", "ranked"])
 def test_evaluation_is_the_same(ranked, layout, tmp_path, monkeypatch):
     """Metrics, and what `compute_metrics` receives: every pair once, in the order of the rows. Beside whole batches."""
-    monkeypatch.setattr("dpo_trainer.training.collator.tokens_of_a_part", lambda args, objective: None)
+    monkeypatch.setattr("dpo_trainer.training.collator.default_micro_batch_tokens", lambda args, objective: None)
     rows = ranked_table() if ranked else tiny.dataset(11, seed=3)
     seen: list[Any] = []
     metrics = []
@@ -352,7 +352,7 @@ def test_ranks_agree_on_the_number_of_parts_in_one_collective():
 
     batches = [{MICRO_BATCHES: [part(9), part(4), part(6)]}, {MICRO_BATCHES: [part(5)]}]
     ranks: Any = TwoRanks(more=2)
-    assert even_parts(batches, torch.tensor(8.0), ranks) == 18
+    assert even_micro_batches(batches, torch.tensor(8.0), ranks) == 18
     assert ranks.calls == 1
     first, second = (batch[MICRO_BATCHES] for batch in batches)
     assert [p["input_ids"].numel() for p in first] == [9, 4, 6, 4, 4], "the smallest is repeated"
@@ -605,7 +605,7 @@ def test_large_batches_are_computed_in_parts_on_a_cpu(tmp_path, monkeypatch, lay
     """8 rows of about 230 tokens in the flat layout, 2 of them in a part; the same as whole."""
     how = {"train": long_rows(16, words=50), "max_steps": 2, "layout": layout}
     parts, sizes = trained(tmp_path / "parts", None, **how)
-    monkeypatch.setattr("dpo_trainer.training.collator.tokens_of_a_part", lambda args, objective: None)
+    monkeypatch.setattr("dpo_trainer.training.collator.default_micro_batch_tokens", lambda args, objective: None)
     whole, at_once = trained(tmp_path / "whole", None, **how)
     assert len(at_once) == 2 < len(sizes)
     assert max(sizes) <= PACK_TOKENS < min(at_once)

@@ -202,7 +202,7 @@ def test_auto_begins_anew_where_this_run_has_saved_nothing_yet(tmp_path, caplog)
     run(tmp_path, max_steps=4)
     run(tmp_path, until=2)
     trainer = build(tmp_path)
-    with pytest.raises(ValueError, match=r"no whole checkpoint .*checkpoint-4: it belongs to an earlier run"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint .*checkpoint-4: it belongs to an earlier run"):
         trainer.train(resume_from_checkpoint="true")
     caplog.clear()
     trainer.train(resume_from_checkpoint="auto")

@@ -107,7 +107,7 @@ def outcome(trainer: DPOTrainer, steps: list[int]) -> Outcome:
         plain={
             "groups": groups["param_groups"],
             "scheduler": trainer.lr_scheduler.state_dict(),
-            "objective": trainer.objective.state_dict(),
+            "objective": trainer.loss_objective.state_dict(),
             "num_tokens": trainer.num_tokens,
             "skipped": trainer.skipped_steps,
             "progress": (state.global_step, state.epoch, state.best_metric, state.best_global_step),
@@ -719,7 +719,9 @@ def test_auto_begins_where_there_is_none(runs, tmp_path):
 
 @pytest.mark.parametrize("word", [True, "true"])
 def test_true_wants_one(word, tmp_path):
-    with pytest.raises(ValueError, match=r"--resume_from_checkpoint true: there is no whole checkpoint in .*Say auto"):
+    with pytest.raises(
+        ValueError, match=r"--resume_from_checkpoint true: there is no complete checkpoint in .*Say auto"
+    ):
         build(tmp_path).train(resume_from_checkpoint=word)
 
 
@@ -757,7 +759,7 @@ def test_a_broken_checkpoint_that_was_named_is_refused(name, runs, tmp_path):
     message = refused(tmp_path / "new", folder / "checkpoint-4")
     assert str(folder / "checkpoint-4") in message
     assert name in message
-    assert f"Whole ones: {folder / 'checkpoint-2'}" in message
+    assert f"Complete ones: {folder / 'checkpoint-2'}" in message
 
 
 def test_what_is_no_checkpoint(tmp_path):

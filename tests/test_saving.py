@@ -212,7 +212,7 @@ def test_a_generation_config_that_nothing_can_load_is_refused_ahead_and_left_out
     load_model(str(tmp_path / "run"))
 
 
-def test_the_config_is_saved_as_it_was_given(tmp_path):
+def test_the_config_is_saved_as_it_woriginal_config(tmp_path):
     model = tiny.llama(attention_dropout=0.1)
     given = model.config.to_dict()
     made = tiny.trained(tmp_path, model=model, max_steps=1, save_strategy="steps", save_steps=1)
@@ -226,7 +226,7 @@ def test_the_config_is_saved_as_it_was_given(tmp_path):
     assert (made.model.config.attention_dropout, made.model.config.use_cache) == (0.0, False)
 
 
-def test_the_config_inside_a_config_is_saved_as_it_was_given(tmp_path):
+def test_the_config_inside_a_config_is_saved_as_it_woriginal_config(tmp_path):
     model, processor = zoo.ZOO[IMAGE_FAMILY]()
     text = model.config.text_config
     text.attention_dropout = 0.1
@@ -259,7 +259,7 @@ def test_a_folder_of_another_kind_of_run_is_refused(tmp_path):
     adapter, whole = tmp_path / "adapter", tmp_path / "whole"
     tiny.trainer(adapter, parts=lora()).save_model()
     tiny.trainer(whole).save_model()
-    with pytest.raises(ValueError, match=r"adapter_config.json and adapter_model.safetensors .* saves a whole model"):
+    with pytest.raises(ValueError, match=r"adapter_config.json and adapter_model.safetensors .* saves a full model"):
         tiny.trainer(adapter)
     with pytest.raises(ValueError, match=r"model.safetensors .* saves an adapter.*another --output_dir"):
         tiny.trainer(whole, parts=lora())
@@ -272,7 +272,7 @@ def test_a_save_into_a_folder_of_another_kind_says_so(tmp_path, caplog):
     assert "of another run" not in caplog.text
     tiny.trainer(tmp_path / "run").save_model(str(tmp_path / "adapter"))
     assert (
-        "holds a whole model now, and adapter_config.json and adapter_model.safetensors of another run" in caplog.text
+        "holds a full model now, and adapter_config.json and adapter_model.safetensors of another run" in caplog.text
     )
 
 

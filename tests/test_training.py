@@ -523,8 +523,8 @@ def test_router_loss_of_a_mixture_of_experts(layout, tmp_path):
 
 def test_router_loss_follows_the_model_unless_told(tmp_path):
     on = tiny.trainer(tmp_path, model=tiny.mixtral(output_router_logits=True, router_aux_loss_coef=0.07))
-    assert on.objective.router_weight == 0.07
-    assert tiny.trainer(tmp_path, model=tiny.mixtral(output_router_logits=False)).objective.router_weight == 0
+    assert on.loss_objective.router_weight == 0.07
+    assert tiny.trainer(tmp_path, model=tiny.mixtral(output_router_logits=False)).loss_objective.router_weight == 0
     with pytest.raises(ValueError, match=r"--router_aux_loss_coef 0.1 needs a mixture-of-experts model.*Leave"):
         tiny.trainer(tmp_path, router_aux_loss_coef=0.1)
 
@@ -534,7 +534,7 @@ def test_router_loss_under_reentrant_checkpoints_is_refused(tmp_path):
     how: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match=r"router_aux_loss_coef.*reentrant.*--router_aux_loss_coef 0"):
         tiny.trainer(tmp_path, model=tiny.mixtral(), router_aux_loss_coef=0.1, **how)
-    assert tiny.trainer(tmp_path, model=tiny.mixtral(), **how).objective.router_weight == 0
+    assert tiny.trainer(tmp_path, model=tiny.mixtral(), **how).loss_objective.router_weight == 0
 
 
 # --- dropout ---

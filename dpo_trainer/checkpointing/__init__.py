@@ -11,14 +11,13 @@ A kill at any moment leaves the folder under its name complete, or absent, or co
 
 from __future__ import annotations
 
-from .as_given import GivenConfig, savable_generation_config
 from .failed import MARK, failure, mark_failed, unmark
 from .folders import (
     ASIDE,
     checked_checkpoint,
     checkpoint_to_resume,
     fresh_aside,
-    last_whole_checkpoint,
+    last_complete_checkpoint,
     names_a_folder,
     numbered,
     of_this_run,
@@ -32,6 +31,7 @@ from .folders import (
 from .leftovers import DRY_RUN, remove_leftovers
 from .lock import hold_folder, is_held_elsewhere
 from .manifest import MANIFEST, broken_file, run_of, seal
+from .original_config import OriginalConfig, savable_generation_config
 from .rescue import WEIGHTS, rescuing
 from .run_record import RECORD, RunRecord, read_record, write_record
 from .saving import CheckpointError, saving
@@ -46,7 +46,7 @@ __all__ = [
     "RECORD",
     "WEIGHTS",
     "CheckpointError",
-    "GivenConfig",
+    "OriginalConfig",
     "RunRecord",
     "broken_file",
     "check_optimizer_files",
@@ -57,7 +57,7 @@ __all__ = [
     "fresh_aside",
     "hold_folder",
     "is_held_elsewhere",
-    "last_whole_checkpoint",
+    "last_complete_checkpoint",
     "load_default_adapter",
     "load_renamed",
     "mark_failed",

@@ -1,4 +1,4 @@
-"""From a folder aside to the folder of that name, and back to the last one that is whole."""
+"""From a folder aside to the folder of that name, and back to the last one that is complete."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def recover(output_dir: Path) -> None:
         logger.warning(f"{final} was about to be replaced when its run ended: the one from before has its name again.")
 
 
-def last_whole_checkpoint(output_dir: Path, needs: str | None = None) -> Path | None:
+def last_complete_checkpoint(output_dir: Path, needs: str | None = None) -> Path | None:
     """The usable checkpoint-N of the highest N; others are skipped with a warning. None if there is none.
 
     Usable are those of the run that the folder belongs to which are whole, did not fail at once and have the file `needs`. For
@@ -103,7 +103,7 @@ def _unusable(checkpoint: Path, needs: str | None, *, own: bool) -> str | None:
 def checked_checkpoint(path: str | Path, force: bool = False) -> Path:
     """The checkpoint that the user named. ValueError if it is no folder, or broken and not `force`d.
 
-    For the main process alone, as `last_whole_checkpoint`.
+    For the main process alone, as `last_complete_checkpoint`.
     """
     checkpoint = Path(path).expanduser()
     if not os.path.lexists(checkpoint):
@@ -115,10 +115,10 @@ def checked_checkpoint(path: str | Path, force: bool = False) -> Path:
         logger.warning(f"{checkpoint} is used, as --force_resume asks for, though {reason}.")
         return checkpoint
     there = numbered(checkpoint) or numbered(checkpoint.parent)
-    whole = [str(other) for other in there if other != checkpoint and broken_file(other) is None]
+    complete = [str(other) for other in there if other != checkpoint and broken_file(other) is None]
     raise ValueError(
         f"{checkpoint} is not a checkpoint to resume from: {reason}. "
-        + (f"Whole ones: {', '.join(whole)}." if whole else "There is no whole one beside it either.")
+        + (f"Complete ones: {', '.join(complete)}." if complete else "There is no complete one beside it either.")
         + (" --force_resume uses it as it is." if checkpoint.is_dir() else "")
     )
 
@@ -141,10 +141,10 @@ def checkpoint_to_resume(
         return None
     if names_a_folder(asked):
         return str(checked_checkpoint(asked, force))  # type: ignore[arg-type]  # neither None nor a bool
-    found = last_whole_checkpoint(Path(output_dir), needs)
+    found = last_complete_checkpoint(Path(output_dir), needs)
     if found is None and word == "true":
         raise ValueError(
-            f"--resume_from_checkpoint true: there is no whole checkpoint in {output_dir!r} that this run can go on from"
+            f"--resume_from_checkpoint true: there is no complete checkpoint in {output_dir!r} that this run can go on from"
             f"{_why_none(Path(output_dir), needs)}. Say auto to begin where there is none yet, or name the folder of one."
         )
     none = f"No checkpoint in {output_dir!r} yet" if not numbered(Path(output_dir)) else "None can be resumed"

@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 
 RESULTS = ("*_results.json", TRAINER_STATE_NAME, WEIGHTS)
 """Files of a run that has ended, which `Trainer` would add to or leave beside those of the next."""
-PARTS = (
+LOADED_FILES = (
     "*model*.safetensors*",
     "*model*.bin*",
     "*config.json",
@@ -47,7 +47,7 @@ PARTS = (
     "*tokens*.json",
     "chat_template*",
 )
-"""Files that are loaded as parts of a model, a tokenizer or a processor."""
+"""Files from which a model, a tokenizer or a processor is loaded."""
 EARLIER = "earlier_run_"
 
 Signature = tuple[int, int, int]
@@ -59,7 +59,7 @@ class OutputFolder:
     def __init__(self, path: Path, *, force: bool, main: bool):
         """`force`: take the folder although another run has it. `main`: whether this is the main process."""
         self.path, self.force = path, force
-        self.of_earlier_runs = {path: _signature(path) for path in self._matching((*RESULTS, *PARTS))}
+        self.of_earlier_runs = {path: _signature(path) for path in self._matching((*RESULTS, *LOADED_FILES))}
         self.record = RunRecord()
         self.fresh, self.claimed = True, False
         if main and (holder := is_held_elsewhere(self.path)) is not None:
@@ -133,7 +133,7 @@ class OutputFolder:
 
     def warn_of_leftovers(self) -> None:
         """After the model was saved here: say which files that would be loaded with it are older than this run."""
-        left = [path.name for path in self._left(PARTS)]
+        left = [path.name for path in self._left(LOADED_FILES)]
         if left:
             logger.warning(
                 f"{self.path} holds the model now, and beside it {', '.join(left)} of another run, which would be loaded with it. "

@@ -57,10 +57,10 @@ def read_record(output_dir: Path) -> RunRecord | None:
 def write_record(output_dir: Path, record: RunRecord, aside: Path) -> None:
     """Whole or not at all. `aside`: a folder on the same disk, where what a kill leaves is removed later."""
     aside.mkdir(exist_ok=True, parents=True)
-    part = aside / RECORD
-    part.write_text(json.dumps({"version": VERSION, **asdict(record)}))
-    sync(part)
-    part.replace(output_dir / RECORD)
+    written = aside / RECORD
+    written.write_text(json.dumps({"version": VERSION, **asdict(record)}))
+    sync(written)
+    written.replace(output_dir / RECORD)
     sync(output_dir)
     with suppress(OSError):  # something else is in it
         aside.rmdir()

@@ -91,8 +91,8 @@ def _without_secrets(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        name: f"<{name.upper()}>" if str(name).endswith("token") and part else _without_secrets(part)
-        for name, part in value.items()
+        name: f"<{name.upper()}>" if str(name).endswith("token") and each else _without_secrets(each)
+        for name, each in value.items()
     }
 
 

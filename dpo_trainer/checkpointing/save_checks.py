@@ -33,14 +33,14 @@ WRAPPERS = {
 
 
 def check_wrapping(model: nn.Module) -> None:
-    """Refuse a model that is wrapped, or has a part that is: its weights would be saved under other names.
+    """Refuse a model that is wrapped, or has a module that is: its weights would be saved under other names.
 
     Raises:
         ValueError: names the wrapped module and how to get the model without it.
     """
     for name, module in model.named_modules():
         if why := WRAPPERS.get(type(module).__name__):
-            what = f"The part {name!r} of the model" if name else "The model"
+            what = f"The module {name!r} of the model" if name else "The model"
             raise ValueError(f"{what} is wrapped by {why}.")
 
 
@@ -85,15 +85,15 @@ def warn_of_another_kind(model: nn.Module, folder: Path) -> None:
 
 def files_of_another_kind(model: nn.Module, folder: Path) -> list[str]:
     """Names of files that an earlier run left, and that would be loaded together with, or instead of, what this one saves."""
-    whole, adapter = (
+    full_model, adapter = (
         ("model.safetensors", "model.safetensors.index.json"),
         ("adapter_config.json", "adapter_model.safetensors"),
     )
-    return [name for name in (whole if isinstance(model, PeftModel) else adapter) if (folder / name).is_file()]
+    return [name for name in (full_model if isinstance(model, PeftModel) else adapter) if (folder / name).is_file()]
 
 
 def _kind(model: nn.Module) -> str:
-    return "an adapter" if isinstance(model, PeftModel) else "a whole model"
+    return "an adapter" if isinstance(model, PeftModel) else "a full model"
 
 
 def _save_all_but_weights(model: nn.Module, processing_class: Any, dry: str) -> None:

@@ -15,7 +15,7 @@ from .manifest import broken_file
 
 RUST = re.compile(r"\(os error (\d+)\)")  # safetensors, tokenizers
 # torch.save loses the errno. Seen with torch 2.13: the first two, by how far the file came.
-CUT_SHORT = re.compile(r"unexpected pos \d+ vs \d+|basic_ios::clear: iostream error|PytorchStreamWriter failed")
+TRUNCATED = re.compile(r"unexpected pos \d+ vs \d+|basic_ios::clear: iostream error|PytorchStreamWriter failed")
 
 FREE_SPACE = (
     "Free space there, keep fewer checkpoints (--save_total_limit), leave the optimizer out (--save_only_model), "
@@ -67,7 +67,7 @@ def refused_by_disk(error: Exception) -> str | None:
     number = errno_of(error)
     if number in ADVICE:
         return f"{os.strerror(number)}. {ADVICE[number]}"
-    if isinstance(error, RuntimeError) and CUT_SHORT.search(str(error)):
+    if isinstance(error, RuntimeError) and TRUNCATED.search(str(error)):
         return f"a file was cut short, as on a full disk, at a quota, or at a limit of file sizes (ulimit -f). {FREE_SPACE}"
     return None
 
@@ -88,8 +88,10 @@ def what_is_left(output_dir: Path) -> str:
     try:
         there = next(path for path in (output_dir.resolve(), *output_dir.resolve().parents) if path.exists())
         free = f"Free there now: {shutil.disk_usage(there).free / 1e9:.2f} GB."
-        whole = (checkpoint for checkpoint in of_this_run(output_dir) if broken_file(checkpoint, read=False) is None)
-        last = next(whole, None)
+        complete = (
+            checkpoint for checkpoint in of_this_run(output_dir) if broken_file(checkpoint, read=False) is None
+        )
+        last = next(complete, None)
     except OSError as error:
         return f"That disk tells nothing more ({error.strerror})."
     return f"{free} " + (

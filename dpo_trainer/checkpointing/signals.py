@@ -107,12 +107,12 @@ def command_that_goes_on(argv: Sequence[str] | None, script: str) -> str:
 
     `argv`: the arguments where a script was called with some; None: those of the process.
     """
-    given = sys.argv[1:] if argv is None else list(argv)
-    start = sys.orig_argv[: len(sys.orig_argv) - len(given)] if argv is None else ["python", script]
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    start = sys.orig_argv[: len(sys.orig_argv) - len(arguments)] if argv is None else ["python", script]
     launched = any(name in os.environ for name in BY_LAUNCHER)
     if launched:  # what they were called with is not known here
         start = sys.argv[:1] if argv is None else [script]
-    line = shlex.join([*start, *_without_flag(given), FLAG, "auto"])
+    line = shlex.join([*start, *_without_flag(arguments), FLAG, "auto"])
     return f"the launcher of this run (torchrun, accelerate launch) with {line}" if launched else line
 
 

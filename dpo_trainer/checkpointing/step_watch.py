@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.sharding import local_shard
-from ..metrics import StepParts
+from ..metrics import MetricInputs
 from ..types import PairBatch
 
 FIRST = 20  # ids that a message names
@@ -48,10 +48,10 @@ class StepWatch:
         self.gradient_norm: Tensor | float | None = None
         self.newest: PairBatch | None = None
 
-    def watch(self, parts: StepParts) -> None:
+    def watch(self, inputs: MetricInputs) -> None:
         """Called for every micro-batch; launches nothing."""
-        self.seen.append((parts.batch.example_ids, parts.losses.detach()))
-        self.newest = parts.batch
+        self.seen.append((inputs.batch.example_ids, inputs.losses.detach()))
+        self.newest = inputs.batch
 
     def verdict(self, gather: Callable[[Tensor], Tensor], *, stop_asked: bool, interrupted: bool = False) -> Verdict:
         """`gather` sums over ranks. Every rank must call."""

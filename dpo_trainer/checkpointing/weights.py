@@ -32,14 +32,14 @@ def load_renamed(model: nn.Module, checkpoint: str | Path) -> None:
         return
     kind: Any = type(model)
     how = {"dtype": model.dtype, "use_safetensors": True, "output_loading_info": True}
-    whole, info = kind.from_pretrained(str(checkpoint), **how)
+    loaded, info = kind.from_pretrained(str(checkpoint), **how)
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(
             f"The checkpoint {checkpoint} lacks {len(info['missing_keys'])} weights of the model ({names} ...): it is of another "
             "model, or damaged. Take an earlier one."
         )
-    model.load_state_dict(whole.state_dict())
+    model.load_state_dict(loaded.state_dict())
 
 
 def load_default_adapter(model: nn.Module, checkpoint: str | Path) -> None:

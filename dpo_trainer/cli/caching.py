@@ -73,7 +73,7 @@ def fill(argv: Sequence[str]) -> None:
     trainer = build_trainer(script, model, config)
     trainer.precompute_reference()
     print(
-        f"Computed in {trainer.given.precision}: a run that computes in another precision has another reference, and finds "
+        f"Computed in {trainer.inputs.precision}: a run that computes in another precision has another reference, and finds "
         "nothing here. Say --bf16 (or --bf16 false) to both where this machine and that one differ."
     )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -24,6 +25,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.trainer_utils import number_of_arguments
 
 from ..registry import did_you_mean
 from ..storage.folders import listing
@@ -33,6 +35,7 @@ from .adapters import compute_as_in_training, prepare_base
 from .names import fetch, local_folder, where
 from .resized import fit_embeddings
 from .soft_caps import keep_soft_caps
+from .unwrap import base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -245,3 +248,19 @@ def _find_adapter(name_or_path: str, revision: str | None) -> PeftConfig | None:
             "save it with save_pretrained, which writes safetensors."
         )
     return PeftConfig.from_pretrained(str(Path(config).parent))
+
+
+def name_of(model: str | nn.Module) -> str:
+    """The hub id or folder that a model was loaded from."""
+    return model if isinstance(model, str) else base_model(model).config._name_or_path
+
+
+def made_by(model_init: Any, trial: Any = None) -> nn.Module:
+    """The model that `model_init()` or `model_init(trial)` returns."""
+    takes = number_of_arguments(model_init)
+    if takes > 1:
+        raise ValueError(f"model_init takes {takes} arguments: it is called with the trial of a search, or with none.")
+    model = model_init(trial) if takes else model_init()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model_init returned {type(model).__name__}, not a model.")
+    return model

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..data.stream import PADDING_ROW_ID
-from ..metrics import METRICS, Metric, StepParts
+from ..metrics import METRICS, Metric, MetricInputs
 from ..types import widest_float
 from .feedback.protocol import Scores
 from .samples import Sampled
 
 
-def _kl(parts: StepParts) -> Tensor:
+def _kl(parts: MetricInputs) -> Tensor:
     """Also of tied pairs, which have weight 0: they are samples like others."""
     if parts.reference is None:
         return parts.losses.new_zeros(2)
@@ -30,7 +30,7 @@ def _kl(parts: StepParts) -> Tensor:
     return torch.stack([(sum(of_pairs) * sampled).sum(), 2 * sampled.sum()])
 
 
-def _entropy(parts: StepParts) -> Tensor:
+def _entropy(parts: MetricInputs) -> Tensor:
     assert parts.policy.tokens is not None
     entropy = parts.policy.tokens.entropy
     assert entropy is not None
@@ -41,7 +41,7 @@ def _entropy(parts: StepParts) -> Tensor:
     return torch.stack([(entropy * weight).sum(), weight.sum()])
 
 
-def _sampled(parts: StepParts) -> Tensor:
+def _sampled(parts: MetricInputs) -> Tensor:
     """[N] 0 for a pair that only fills its batch."""
     return (parts.batch.example_ids != PADDING_ROW_ID).float()
 

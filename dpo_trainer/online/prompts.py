@@ -12,15 +12,17 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..data import DataReport
 from ..data.caching import map_cached
 from ..data.errors import bad
-from ..data.files.dataset_inputs import Rows, datasets_of, refuse_columns
+from ..data.files.dataset_inputs import Rows, datasets_of
 from ..data.files.local_files import AnyDataset
 from ..data.images.source import IMAGES, REFUSED, images_of
 from ..data.images.text import is_processor
 from ..data.rows.messages import image_count, read_messages
 from ..data.tokens.encode import eos_token_id, tokenizer_fingerprint
 from ..data.tokens.tokenize import tokenize_prompts
+from ..scoring.layout import Layout
 from ..training.datasets import refuse_different_tables, refuse_split_streams
 from ..types import Text
 from .config import OnlineDPOConfig
@@ -101,7 +103,7 @@ def read_prompt(value: Any, where: str) -> Text:
 
 
 class PromptData:
-    """Prepares the prompts of one run. Stands where `RunData` stands for preference pairs.
+    """Prepares the prompts of one run: a `DatasetPreparer`.
 
     window: most tokens of prompt + completion that model and --max_length allow; None: no limit.
     """
@@ -121,8 +123,7 @@ class PromptData:
                 f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in the model's window of {window} tokens: "
                 "lower it."
             )
-        self.reports: dict[str, Any] = {}
-        self.streams = False
+        self.reports: dict[str, DataReport] = {}  # all is said while preparing
 
     def prepare(self, dataset: Rows | Sequence[Rows], name: str) -> AnyDataset:
         with self.args.main_process_first(desc=f"loading the {name} data"):
@@ -144,13 +145,25 @@ class PromptData:
                     f"--beta {self.args.betas} has one for each epoch, and a stream is a single one: give one beta, or load the data "
                     "without --streaming."
                 )
-            self.streams, self.longest = True, max(self.longest, self.limit or 0)
+            self.longest = max(self.longest, self.limit or 0)
             return self._limited_stream(dataset.map(mapper, batched=True, with_indices=True), name)
         with self.args.main_process_first(desc=f"preparing the {name} prompts"):
             prepared = self._limited_table(self._mapped(dataset, mapper), name)
         if self.args.world_size > 1:
             refuse_different_tables(prepared, name)
         return prepared
+
+    def check_budget(self, layout: Layout, datasets: Mapping[str, AnyDataset | None]) -> None:
+        """Of the longest prompt with the longest completions that sampling can make, before anything is sampled."""
+        args = self.args
+        budget, new = args.max_tokens_per_micro_batch, args.max_new_tokens
+        compared = 2 if args.pair_selection == "best_worst" else args.num_generations
+        most = self.longest + compared * new if layout.name == "flat" else compared * (self.longest + new)
+        if budget is not None and most > budget:
+            raise ValueError(
+                f"The longest prompt with its {compared} completions may have {most} tokens, more than "
+                f"--max_tokens_per_micro_batch {budget}: raise that, or lower --max_new_tokens or --max_length."
+            )
 
     def _mapped(self, dataset: Dataset, mapper: PromptMapper) -> Dataset:
         if not len(dataset):
@@ -198,21 +211,6 @@ class PromptData:
         logger.warning(
             f"{how_many} prompts of the {name} data are longer than {self.limit} tokens ({example}): {done}."
         )
-
-    def prepare_evaluation(self, datasets: Rows | Mapping[str, Rows]) -> AnyDataset | dict[str, AnyDataset]:
-        if isinstance(datasets, Mapping):
-            refuse_columns(datasets, "eval")
-            return {name: self.prepare(rows, f"eval {name}") for name, rows in datasets.items()}
-        return self.prepare(datasets, "eval")
-
-    def report(self) -> None:
-        return  # all is said while preparing
-
-    def has_stream(self) -> bool:
-        return self.streams
-
-    def count_streams_anew(self) -> None:
-        return
 
 
 def _over(limit: int, name: str, example: str) -> str:

@@ -27,6 +27,7 @@ from ..data.tokens.tokenize import tokenize_prompts
 from ..models.positions import table_of_positions, window_of
 from ..models.vocabulary import refuse_smaller_reference
 from ..trainer import DPOTrainer
+from ..training.datasets import needs_of_models
 from ..training.out_of_memory import MemoryAdvice
 from ..types import Text, micro_batches
 from .choose import check_sampler, choose_feedback, choose_generator
@@ -64,8 +65,9 @@ class OnlineDPOTrainer(DPOTrainer):
     """
 
     _tag_names = ("dpo_trainer", "online-dpo")
-    _metrics = ONLINE_METRICS
+    metric_table = ONLINE_METRICS
     args: OnlineDPOConfig
+    data: PromptData
 
     def __init__(
         self,
@@ -140,7 +142,8 @@ class OnlineDPOTrainer(DPOTrainer):
         )
         refuse_smaller_reference(model, self.ref_model, self.processing_class)
         tokenizer = dated(self.processing_class, self.template_date)
-        return PromptData(self.args, tokenizer, window, vocabulary_size=self._needs(model).vocabulary_size)
+        needs = needs_of_models(self.args, model, self.reference, self.loss_objective)
+        return PromptData(self.args, tokenizer, window, vocabulary_size=needs.vocabulary_size)
 
     def _memory_advice(self) -> MemoryAdvice:
         return replace(super()._memory_advice(), second_model=False)  # its log-probs cannot be computed ahead
@@ -148,24 +151,12 @@ class OnlineDPOTrainer(DPOTrainer):
     def _check_best_metric(self) -> None:
         """Which metrics there are depends on the answers, and on who compares them."""
 
-    def _check_budget(self, datasets: dict[str, Any]) -> None:
-        """Before anything is sampled: of the longest completions that there can be."""
-        budget, new = self.args.max_tokens_per_micro_batch, self.args.max_new_tokens
-        compared = 2 if self.args.pair_selection == "best_worst" else self.args.num_generations
-        longest = self.data.longest
-        most = longest + compared * new if self.layout.name == "flat" else compared * (longest + new)
-        if budget is not None and most > budget:
-            raise ValueError(
-                f"The longest prompt with its {compared} completions may have {most} tokens, more than "
-                f"--max_tokens_per_micro_batch {budget}: raise that, or lower --max_new_tokens or --max_length."
-            )
-
     def _collator(self) -> Callable:
         self.pair_collator = super()._collator()
         return collate_prompts
 
-    def _start_counting(self) -> None:
-        super()._start_counting()
+    def start_counting(self) -> None:
+        super().start_counting()
         self.rollout = Rollout(self.args, self.feedback, self.sum_over_ranks)
         self.rounds = Rounds(self.args.generate_every)
         self.last_samples: list[tuple[Sampled, list[float | None]]] = []
@@ -223,7 +214,7 @@ class OnlineDPOTrainer(DPOTrainer):
         beta = self.args.beta_of_epoch(epoch)
         if beta != self.beta:
             self.args.beta = beta  # type: ignore[assignment]
-            self.objective.set_beta(beta)
+            self.loss_objective.set_beta(beta)
 
     def _sample_steps(self, steps: list[Batches]) -> list[Batches]:
         """Prompts of several steps -> rows of pairs in the same places, by one generation and one round of feedback."""
@@ -298,7 +289,7 @@ class OnlineDPOTrainer(DPOTrainer):
         self.rollout.tally["eval"].clear()
         return super().evaluation_loop(*args, **kwargs)
 
-    def _with_more(self, of_pairs: dict[str, float], split: str) -> dict[str, float]:
+    def with_more_metrics(self, of_pairs: dict[str, float], split: str) -> dict[str, float]:
         found = objective_means(of_pairs | self.rollout.numbers(split), self.beta)
         return found | {"beta": self.beta} if split == "train" else found
 

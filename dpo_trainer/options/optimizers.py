@@ -54,8 +54,10 @@ def check_optimizer(config: TrainingArguments) -> None:
         _refuse_unread(config, name)
 
 
-def check_given_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def check_given_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
     """Refuse an optimizer object (`optimizers=`) that lacks a weight to be trained: it would stay as it is, without an error."""
+    if optimizer is None:
+        return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     missing = [name for name, p in trained.items() if id(p) not in held]

@@ -48,8 +48,8 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
-class Given:
-    """What the user handed over that concerns models; hyperparameter search assembles a new model from it for each trial."""
+class ModelInputs:
+    """The arguments of the trainer that concern models; hyperparameter search assembles a new model from them for each trial."""
 
     args: DPOConfig
     model: str | None = None  # where the policy is loaded from
@@ -66,7 +66,7 @@ class Given:
         )
 
     def policy(self, model: str | nn.Module) -> nn.Module:
-        """The model to train, as it was given."""
+        """The model to train, as it was passed."""
         if isinstance(model, str):
             return self.load(model)
         if self.args.model_init_kwargs or self.quantization_config is not None:
@@ -116,14 +116,15 @@ def check_models(args: DPOConfig, *models: str | nn.Module | None) -> None:
 
 
 def assemble(
-    model: nn.Module, given: Given, objective: Objective, pad_token_id: int, processing_class: Any = None
+    model: nn.Module, inputs: ModelInputs, objective: Objective, pad_token_id: int, processing_class: Any = None
 ) -> Assembly:
     """Make `model` the policy. The reference is what the model is *now*, so nothing may train before this.
 
     Sets `objective.router_weight`, which only the model can tell.
     """
-    args, ref_model = given.args, given.reference()
-    model, fresh_adapter = _with_adapter(model, given)
+    args, ref_model = inputs.args, inputs.reference()
+    model, fresh_adapter = _with_adapter(model, inputs)
+    _find_unused_parameters(args, model)
     settle_vision_tower(model, freeze=args.freeze_vision_tower)
     refuse_untrainable(model)
     images = _images(model, args, processing_class)
@@ -141,7 +142,7 @@ def assemble(
             "use_reentrant out of --gradient_checkpointing_kwargs, or switch the loss off with --router_aux_loss_coef 0."
         )
     scorer = Scorer(model, stats=METRIC_STATS | objective.token_stats, router_loss=objective.router_weight > 0)
-    reference = _reference(model, ref_model, scorer, given, objective, fresh_adapter)
+    reference = _reference(model, ref_model, scorer, inputs, objective, fresh_adapter)
     logger.warning(f"Reference: {reference.description}.")
     for _, own in reference.own:
         _say_other_dtype(base_model(own).dtype, base_model(model).dtype)
@@ -149,7 +150,7 @@ def assemble(
         args.layout,
         [(scorer, model), *reference.own],
         pad_token_id,
-        autocast=getattr(torch, given.precision) if given.precision != "float32" else None,
+        autocast=getattr(torch, inputs.precision) if inputs.precision != "float32" else None,
         reason="the noise of --neftune_noise_alpha depends on the length of a row"
         if args.neftune_noise_alpha
         else None,
@@ -157,6 +158,12 @@ def assemble(
         images=images,
     )
     return Assembly(model=model, scorer=scorer, reference=reference, layout=layout)
+
+
+def _find_unused_parameters(args: DPOConfig, model: nn.Module) -> None:
+    """Set for an adapter what transformers sets for its own models: DDP's search and reentrant checkpointing exclude each other."""
+    if isinstance(model, PeftModel) and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = not args.gradient_checkpointing
 
 
 def _images(model: nn.Module, args: DPOConfig, processing_class: Any) -> ImageInputs | None:
@@ -179,15 +186,15 @@ def _reference(
     model: nn.Module,
     ref_model: nn.Module | None,
     scorer: Scorer,
-    given: Given,
+    inputs: ModelInputs,
     objective: Objective,
     fresh_adapter: bool,
 ) -> Reference:
-    args = given.args
+    args = inputs.args
     if args.precompute_ref_log_probs and not objective.needs_reference:
         why = "--reference_free asks for none" if args.reference_free else "none of the losses in --loss_type has one"
         raise ValueError(f"--precompute_ref_log_probs is about a reference, but {why}: leave it off.")
-    cut = shards_weights(args)
+    sharded = shards_weights(args)
     reference = choose_reference(
         model,
         ref_model,
@@ -198,35 +205,35 @@ def _reference(
         ref_adapter_name=args.ref_adapter_name,
         separate_adapter=args.use_separate_reference_adapter,
         moving=args.sync_ref_model,
-        copy_policy=cut or not args.precompute_ref_log_probs,
-        sharded=cut,
+        copy_policy=sharded or not args.precompute_ref_log_probs,
+        sharded=sharded,
     )
     if not args.precompute_ref_log_probs:
         return reference
-    if cut and isinstance(reference, DisabledAdapter | NamedAdapter):
+    if sharded and isinstance(reference, DisabledAdapter | NamedAdapter):
         reference = OnCopy(reference, model)
     return cached(
         reference,
         model,
         folder=args.ref_cache_dir,
         quota_gb=args.ref_cache_quota,
-        precision=given.precision,
+        precision=inputs.precision,
         tokens=objective.needs_reference_tokens,
-        remake=given.remake_reference(),
+        remake=inputs.remake_reference(),
     )
 
 
-def _with_adapter(model: nn.Module, given: Given) -> tuple[nn.Module, bool]:
+def _with_adapter(model: nn.Module, inputs: ModelInputs) -> tuple[nn.Module, bool]:
     """The model with the adapter that shall train, if any; and whether that was added just now."""
-    args = given.args
+    args = inputs.args
     checkpointing = bool(args.gradient_checkpointing)
-    if isinstance(given.peft_config, PeftConfig):
+    if isinstance(inputs.peft_config, PeftConfig):
         fresh = not isinstance(model, PeftModel)
-        refuse_adapter_kind(given.peft_config, fresh=fresh, gradient_checkpointing=checkpointing)
+        refuse_adapter_kind(inputs.peft_config, fresh=fresh, gradient_checkpointing=checkpointing)
     if isinstance(model, PeftModel):
         let_gradients_through(base_model(model), gradient_checkpointing=checkpointing)
-    fresh_adapter = given.peft_config is not None and not isinstance(model, PeftModel)
-    if args.merge_lora_configs and (given.peft_config is None or fresh_adapter):
+    fresh_adapter = inputs.peft_config is not None and not isinstance(model, PeftModel)
+    if args.merge_lora_configs and (inputs.peft_config is None or fresh_adapter):
         raise ValueError(
             "--merge_lora_configs is about two sets of LoRA settings, those of a model that is an adapter already and those of "
             "--use_peft (peft_config): here is at most one. Leave it out."
@@ -234,7 +241,7 @@ def _with_adapter(model: nn.Module, given: Given) -> tuple[nn.Module, bool]:
     if fresh_adapter:
         model = apply_peft(
             model,
-            given.peft_config if args.freeze_vision_tower is False else on_language_alone(given.peft_config, model),
+            inputs.peft_config if args.freeze_vision_tower is False else on_language_alone(inputs.peft_config, model),
             quantized=bool(getattr(model, "is_quantized", False)),
             gradient_checkpointing=checkpointing,
         )
@@ -243,8 +250,8 @@ def _with_adapter(model: nn.Module, given: Given) -> tuple[nn.Module, bool]:
     if isinstance(model, PeftModel) and not fresh_adapter:
         for name in model.active_adapters:
             refuse_adapter_kind(model.peft_config[name], fresh=False, gradient_checkpointing=checkpointing)
-    if given.peft_config is not None and not fresh_adapter:
-        model = continue_adapter(model, given.peft_config, merge_lora_configs=args.merge_lora_configs)
+    if inputs.peft_config is not None and not fresh_adapter:
+        model = continue_adapter(model, inputs.peft_config, merge_lora_configs=args.merge_lora_configs)
     if beside := list(weights_beside_adapter(model)):
         logger.warning(
             f"{len(beside)} weights are trained beside the adapter ({', '.join(beside[:3])} ...). They are in checkpoints, but "

@@ -1,7 +1,7 @@
-"""A device batch in parts that keep to a budget of tokens: each is a forward and a backward of its own.
+"""A device batch as micro-batches within a budget of tokens: each has its own forward and backward pass.
 
-The collator cuts (data/batches/collate.py), and the gradients of the parts add up to those of the batch. Where the
-engine allows, ranks exchange them with the last part alone; DeepSpeed makes its step there.
+The collator splits the batch (data/batches/collate.py). The gradients of the micro-batches add up to those of the batch. Where
+the engine allows it, ranks exchange gradients only with the last micro-batch, where DeepSpeed makes its step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..types import MICRO_BATCHES, micro_batches, pair_row, pair_weight
 logger = logging.get_logger(__name__)
 
 STAGE_OF_GRADIENTS = 2
-"""Of ZeRO: the first whose ranks keep a part of the gradients, and so exchange them in every backward."""
+"""The first ZeRO stage whose ranks each keep a shard of the gradients, and so exchange them in every backward pass."""
 
 
 PACK_TOKENS = 512
@@ -31,7 +31,7 @@ PACK_TOKENS = 512
 between, and of less memory (benchmarks/NOTES.md)."""
 
 
-def tokens_of_a_part(args: DPOConfig, objective: Objective) -> int | None:
+def default_micro_batch_tokens(args: DPOConfig, objective: Objective) -> int | None:
     """The default size of a micro-batch. None, the full batch: on accelerators, on several ranks, and where the micro-batches would
     not add up to the loss of the batch."""
     alone = args.device.type == "cpu" and args.world_size == 1
@@ -40,7 +40,7 @@ def tokens_of_a_part(args: DPOConfig, objective: Objective) -> int | None:
 
 
 def check_splits(args: DPOConfig, objective: Objective) -> None:
-    """Refuse a budget with losses that have another value on a part of the batch."""
+    """Refuse a budget with losses that have another value on a micro-batch."""
     if args.max_tokens_per_micro_batch is None:
         return
     if not objective.separable:
@@ -57,18 +57,18 @@ def check_splits(args: DPOConfig, objective: Objective) -> None:
 
 
 def keeps_ranks_in_step(args: DPOConfig, *, shards_weights: bool) -> bool:
-    """Whether all ranks must make as many passes: where each needs the weights of the others, or exchanges gradients with
-    them, in every one. ZeRO-2 does, for it keeps a part of them alone; so does `sync_each_batch`."""
+    """Whether all ranks must make the same number of passes: each pass gathers weights, or exchanges gradients. ZeRO-2 exchanges
+    them because each rank keeps a shard of them; so does `sync_each_batch`."""
     zero = args.deepspeed_plugin
     exchanges = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
     exchanges = exchanges or (zero is not None and zero.zero_stage >= STAGE_OF_GRADIENTS)
     return args.max_tokens_per_micro_batch is not None and args.world_size > 1 and (shards_weights or exchanges)
 
 
-def even_parts(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: Accelerator) -> Tensor:
-    """Give the batches of a step, in place, as many parts as on the rank that has most of each. One collective, one wait.
+def even_micro_batches(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: Accelerator) -> Tensor:
+    """Give the batches of a step, in place, as many micro-batches as the rank that has most. One collective, one wait.
 
-    What is added are repeats of weight 0: computed, and not counted. Returns the sum of `weight` over ranks.
+    Adds repeats of weight 0, which are computed and do not count. Returns the sum of `weight` over ranks.
     """
     total, table = _numbers_of_ranks(weight, [len(batch[MICRO_BATCHES]) for batch in batches], accelerator)
     for batch, numbers in zip(batches, table, strict=True):
@@ -86,26 +86,26 @@ def note_pairs(batches: Sequence[dict[str, Any]], weight: Tensor, accelerator: A
 
 
 def _numbers_of_ranks(weight: Tensor, numbers: list[int], accelerator: Accelerator) -> tuple[Tensor, list[list[int]]]:
-    """The sum of `weight` over ranks, and what each rank has in the place of every one of `numbers`."""
+    """The sum of `weight` over ranks, and the value that each rank has for each of `numbers`."""
     here = torch.stack([weight, *(weight.new_full((), number) for number in numbers)])
     table = accelerator.gather(here[None])  # [ranks, 1 + numbers]
     return table[:, 0].sum(), [[int(number) for number in column] for column in table[:, 1:].T.tolist()]
 
 
-def _fill_up(parts: list[dict[str, Any]], number: int) -> None:
-    smallest = min(parts, key=lambda part: part["input_ids"].numel())
-    parts += [smallest | {"weight": torch.zeros_like(smallest["weight"])}] * (number - len(parts))
+def _fill_up(batches: list[dict[str, Any]], number: int) -> None:
+    smallest = min(batches, key=lambda each: each["input_ids"].numel())
+    batches += [smallest | {"weight": torch.zeros_like(smallest["weight"])}] * (number - len(batches))
 
 
 def step_through(
     step: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any], accelerator: Accelerator, model: nn.Module
 ) -> Tensor:
-    """`step` is forward and backward of one part, and returns its loss; the sum of them comes back."""
+    """`step` is forward and backward of one micro-batch, and returns its loss. Returns the sum of the losses."""
     *others, last = micro_batches(inputs)
     losses = []
-    for part in others:
+    for each in others:
         with _gradients_kept(accelerator, model):
-            losses.append(step(part))
+            losses.append(step(each))
     return torch.stack([*losses, step(last)]).sum()
 
 
@@ -128,29 +128,29 @@ def _gradients_kept(accelerator: Accelerator, model: nn.Module) -> Iterator[None
         state._set_sync_gradients(syncs)
 
 
-def weighted_mean(losses: Sequence[Tensor], parts: Sequence[dict[str, Any]]) -> Tensor:
-    """The mean loss of a batch, of the means of its parts."""
-    weights = torch.stack([pair_weight(part).sum() for part in parts])
+def weighted_mean(losses: Sequence[Tensor], batches: Sequence[dict[str, Any]]) -> Tensor:
+    """The mean loss of a batch, from the means of its micro-batches."""
+    weights = torch.stack([pair_weight(each).sum() for each in batches])
     total = weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return (torch.stack(list(losses)) * weights).sum() / total
 
 
 def in_row_order(
-    outputs: Sequence[dict[str, Tensor]], parts: Sequence[dict[str, Any]], real: Sequence[Tensor]
+    outputs: Sequence[dict[str, Tensor]], batches: Sequence[dict[str, Any]], real: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """[N] per pair of each part -> of the batch, in the order of its rows, without the pairs that are not `real`."""
-    order = torch.cat([pair_row(part) for part in parts]).argsort(stable=True)
+    """[N] per pair of each micro-batch -> of the batch, in the order of its rows, without the pairs that are not `real`."""
+    order = torch.cat([pair_row(each) for each in batches]).argsort(stable=True)
     order = order[torch.cat(list(real))[order]]
     return {name: torch.cat([output[name] for output in outputs])[order] for name in outputs[0]}
 
 
-def joined(inputs: dict[str, Any]) -> dict[str, Any]:
+def joined_tokens(inputs: dict[str, Any]) -> dict[str, Any]:
     """The tokens of all micro-batches in one row, to be counted."""
     if MICRO_BATCHES not in inputs:
         return inputs
-    parts = micro_batches(inputs)
-    names = [name for name in ("input_ids", "attention_mask") if name in parts[0]]
-    return {name: torch.cat([part[name].flatten() for part in parts])[None] for name in names}
+    batches = micro_batches(inputs)
+    names = [name for name in ("input_ids", "attention_mask") if name in batches[0]]
+    return {name: torch.cat([each[name].flatten() for each in batches])[None] for name in names}
 
 
 def step_loss(losses: Tensor, weight: Tensor, weight_of_step: Tensor | None, ranks: int) -> Tensor:

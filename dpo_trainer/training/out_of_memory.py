@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
 
+from ..config import DPOConfig
+from ..losses import Objective
+from ..reference import Reference
 from ..types import PairBatch
 
 
@@ -27,15 +32,15 @@ class MemoryAdvice:
     in_float32: bool = False  # activations are, on a device that has bfloat16
 
     @classmethod
-    def of(cls, args: Any, *, second_model: bool, adapter: bool, splits: bool) -> MemoryAdvice:
-        """`args`: a `DPOConfig`."""
+    def of(cls, args: DPOConfig, model: nn.Module, reference: Reference, objective: Objective) -> MemoryAdvice:
         return cls(
             batch_size=args.per_device_train_batch_size,
             checkpointing=bool(args.gradient_checkpointing),
-            second_model=second_model,
-            adapter=adapter,
+            # Log-probs of a reference that moves cannot be computed ahead.
+            second_model=bool(reference.own) and not reference.moving,
+            adapter=isinstance(model, PeftModel),
             finds_batch_size=args.auto_find_batch_size,
-            splits=splits,
+            splits=objective.separable,
             max_length=args.max_length,
             in_float32=not (args.bf16 or args.fp16) and args.device.type == "cuda" and torch.cuda.is_bf16_supported(),
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metrics import FallingChosenWarning, Metric, MetricSums, StepParts
+from ..metrics import FallingChosenWarning, Metric, MetricInputs, MetricSums
 
 
 class RunMetrics:
@@ -29,7 +29,7 @@ class RunMetrics:
         *,
         device: torch.device,
         sum_over_ranks: Callable[[Tensor], Tensor],
-        watch: Callable[[StepParts], None],
+        watch: Callable[[MetricInputs], None],
         has_router: bool,
         beta: float,
         has_reference: bool,

@@ -98,7 +98,7 @@ def _remember(file: Path, date: str) -> None:
     if _recall(file) == date:
         return
     try:
-        with atomic_write(file) as part:
-            part.write_text(date)
+        with atomic_write(file) as written:
+            written.write_text(date)
     except OSError:  # the cache says so itself where it cannot be written
         return

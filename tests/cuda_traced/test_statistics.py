@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_trainer.losses import LOSSES, Objective
-from dpo_trainer.metrics import METRICS, MetricSums, StepParts
+from dpo_trainer.metrics import METRICS, MetricInputs, MetricSums
 from dpo_trainer.scoring.head import stats_of
 from dpo_trainer.scoring.logprobs import METRIC_STATS
 from dpo_trainer.types import PairBatch, PairLogps, TokenLogps
@@ -63,7 +63,7 @@ def rounded_after_the_head(loss: str, autocast: str) -> list[str]:
         tokens = TokenLogps(position=batch.completion_position, **{n: getattr(batch, n) for n in names}, **stats)
         policy = PairLogps.from_tokens(tokens)
         losses = objective(policy, policy, training=True, weight=weight, margin=batch.margin).total
-        parts = StepParts(batch=batch, policy=policy, reference=policy, losses=losses, beta=0.1)
+        parts = MetricInputs(batch=batch, policy=policy, reference=policy, losses=losses, beta=0.1)
         MetricSums(METRICS, aux_loss=False).add(parts)
         losses.sum().backward()
     return rounded.seen

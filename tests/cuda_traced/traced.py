@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from dpo_trainer import DPOConfig
 from dpo_trainer.losses import LOSSES, Objective
-from dpo_trainer.metrics import METRICS, MetricSums, StepParts
+from dpo_trainer.metrics import METRICS, MetricInputs, MetricSums
 from dpo_trainer.reference.cache import Record
 from dpo_trainer.reference.cached import _as_logps
 from dpo_trainer.reference.strategies import DisabledAdapter, FrozenModel, Reference
@@ -172,7 +172,9 @@ def _step(
                 losses = objective(
                     policy, source(model, batch), training=True, weight=batch.weight, margin=batch.margin
                 ).total
-                metrics.add(StepParts(batch=batch, policy=policy, reference=None, losses=losses, beta=objective.beta))
+                metrics.add(
+                    MetricInputs(batch=batch, policy=policy, reference=None, losses=losses, beta=objective.beta)
+                )
                 step_loss(losses, batch.weight, None, 1).backward()
     held = [len(batch.segments._memo) for batch in batches if batch.segments]
     assert forward is not None

@@ -195,7 +195,7 @@ def run(
         "lines": [line for line in trainer.state.log_history if "learning_rate" in line],
         "eval": metrics,
         "eval of the stream": streamed,
-        "state": trainer.objective.state_dict(),
+        "state": trainer.loss_objective.state_dict(),
         "identity": trainer.run_identity(),
         "example_ids": seen[-1].label_ids.tolist(),
         "logps": seen[-1].predictions["logps/chosen"].tolist(),

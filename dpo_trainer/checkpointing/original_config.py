@@ -1,4 +1,4 @@
-"""A model is saved with its configs as they were given: what a run changes in them for itself is not part of the result."""
+"""A model is saved with its original configs: the result does not contain what a run changes in them for itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANGED = re.compile(r"^use_cache$|dropout|pdrop|layerdrop|drop_path")
 """Fields of a config that a run sets for itself: dropout is switched off, and so is the cache of keys and values."""
 
 
-class GivenConfig:
+class OriginalConfig:
     """What the config of a model says, and those inside it. Made before the run changes them.
 
     Args:
@@ -25,14 +25,14 @@ class GivenConfig:
     """
 
     def __init__(self, model: nn.Module):
-        self.given = [(config, _fields(config)) for config in _nested(getattr(model, "config", None))]
+        self.original = [(config, _fields(config)) for config in _nested(getattr(model, "config", None))]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """While the context lasts, the configs say what they said."""
-        in_training = [(config, _fields(config)) for config, _ in self.given]
+        in_training = [(config, _fields(config)) for config, _ in self.original]
         try:
-            _set(self.given)
+            _set(self.original)
             yield
         finally:
             _set(in_training)
@@ -41,8 +41,8 @@ class GivenConfig:
 def _nested(config: Any) -> Iterator[PreTrainedConfig]:
     if isinstance(config, PreTrainedConfig):
         yield config
-        for part in vars(config).values():
-            yield from _nested(part)
+        for field in vars(config).values():
+            yield from _nested(field)
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
