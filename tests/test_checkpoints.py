@@ -386,7 +386,7 @@ def test_a_folder_of_checkpoints_is_not_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_path_that_is_no_folder_is_refused_even_by_force(force, tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint-7 .* it does not exist.*no whole one beside it"):
+    with pytest.raises(ValueError, match=r"checkpoint-7 .* it does not exist.*no complete one beside it"):
         checked_checkpoint(tmp_path / "checkpoint-7", force=force)
     write(tmp_path, {"checkpoint-7": b""})
     with pytest.raises(ValueError, match="it is not a folder") as error:

@@ -848,8 +848,8 @@ class FillDisk(TrainerCallback):
 WRITERS = {
     "model": "transformers.modeling_utils.safe_save_file",
     "optimizer": "torch.save",
-    "state": "dpo_trainer.checkpointing.durable.write_state",
-    "manifest": "dpo_trainer.checkpointing.durable.seal",
+    "state": "dpo_trainer.checkpointing.atomic.write_state",
+    "manifest": "dpo_trainer.checkpointing.atomic.seal",
 }
 
 

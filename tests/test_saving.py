@@ -251,7 +251,7 @@ def test_a_wrapped_model_is_refused(wrap, tmp_path):
             )
     inside = tiny.llama()
     inside.model.layers[0] = wrap(inside.model.layers[0])
-    with pytest.raises(ValueError, match=r"part 'model\.layers\.0' of the model is wrapped"):
+    with pytest.raises(ValueError, match=r"module 'model\.layers\.0' of the model is wrapped"):
         tiny.trainer(tmp_path, model=inside)
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from dpo_trainer import DPOTrainer
-from dpo_trainer.checkpointing import ASIDE, durable
+from dpo_trainer.checkpointing import ASIDE, atomic
 
 torch.set_num_threads(1)
 
@@ -79,14 +79,14 @@ class Mortal(DPOTrainer):
 
 def die_when_sealing(kill: Kill) -> None:
     """All files of the checkpoint are written, and none is known to be whole."""
-    plain = durable.seal
+    plain = atomic.seal
 
     def seal(folder: Path, run: str) -> None:
         if folder.name == f"checkpoint-{kill.made}":
             die()
         plain(folder, run)
 
-    durable.seal = seal  # type: ignore[assignment]
+    atomic.seal = seal  # type: ignore[assignment]
 
 
 class NoteLife(TrainerCallback):

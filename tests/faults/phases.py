@@ -17,7 +17,7 @@ from typing import Any
 
 import run
 
-from dpo_trainer.checkpointing import durable, folders
+from dpo_trainer.checkpointing import atomic, folders
 from dpo_trainer.data import prepare
 from dpo_trainer.data.mapping import PairMapper
 from dpo_trainer.online.rollout import Rollout
@@ -78,9 +78,9 @@ def announce_phases(file: Path, pause: float) -> None:
     wrap(run.DPOTrainer, "_save_checkpoint", "save")
     wrap(run.DPOTrainer, "save_model", "save:model")  # of a checkpoint, and at the end
     wrap(run.DPOTrainer, "_save_optimizer_and_scheduler", "save:optimizer")
-    wrap(durable, "write_state", "save:state")
-    wrap(durable, "seal", "save:seal")
-    wrap(durable, "publish", "save:publish")
+    wrap(atomic, "write_state", "save:state")
+    wrap(atomic, "seal", "save:seal")
+    wrap(atomic, "publish", "save:publish")
     wrap(folders, "sync", "save:publish")  # right behind the rename
     shutil.rmtree = slow_removal(announcer)  # type: ignore[assignment]
 

@@ -14,6 +14,7 @@ import tiny
 from datasets import Dataset, IterableDataset
 
 from dpo_trainer.online.prompts import PromptData, collate_prompts, read_prompt
+from dpo_trainer.training.datasets import prepare_evaluation
 
 USER, ASSISTANT = 2, 3
 
@@ -232,14 +233,14 @@ def test_the_same_text_is_prepared_anew_under_other_options():
 
 def test_evaluation_sets_by_name():
     of_run = data()
-    found = of_run.prepare_evaluation({"easy": table("a"), "hard": stream("b")})
+    found = prepare_evaluation(of_run, {"easy": table("a"), "hard": stream("b")})
     assert {name: next(iter(rows))["prompt_ids"] for name, rows in found.items()} == {
         "easy": ids("a"),
         "hard": ids("b"),
     }
     with pytest.raises(ValueError, match="The eval hard data have no column"):
-        of_run.prepare_evaluation({"hard": Dataset.from_dict({"x": ["a"]})})
-    assert of_run.prepare_evaluation(table("c"))[0]["prompt_ids"] == ids("c")
+        prepare_evaluation(of_run, {"hard": Dataset.from_dict({"x": ["a"]})})
+    assert prepare_evaluation(of_run, table("c"))[0]["prompt_ids"] == ids("c")
 
 
 def test_a_batch_is_its_rows():
